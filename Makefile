@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCHRUN := $(BIN)/torchrun --nproc-per-node 2
+# nproc-per-node 2 on two cores: one thread each, and no lecture from torchrun about it
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart test test-gpu lint clean
+
+quickstart: $(VENV)/installed
+	test -e data/quickstart/manifest.json || \
+	  $(BIN)/python scripts/prepare_data.py --source stdlib --vocab-size 4096 --sequence-length 512 --out data/quickstart
+	$(TORCHRUN) scripts/train.py --recipe quickstart --until 100
+	@echo "--- stopped after 100 steps; the same command resumes ---"
+	$(TORCHRUN) scripts/train.py --recipe quickstart
+	$(BIN)/longtrain report runs/quickstart
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "not gpu"
+
+# on a machine that brings its own torch: make test-gpu BIN=/usr/bin, or run the pytest line
+test-gpu:
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,133 @@
+"""Who may look at whom: a band of relative positions, inside documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from longtrain.attention.layout import Chunk
+from longtrain.batch import PADDING, Batch
+
+
+class Cover(Enum):
+    """How much of a rectangle of (query, key) pairs a band lets through."""
+
+    EMPTY = 0
+    PARTIAL = 1
+    FULL = 2
+
+
+@dataclass(frozen=True)
+class Band:
+    """Query i sees key j iff lo <= i - j <= hi; None is unbounded.
+
+    This is the only window convention of the project: causal with window W is (0, W - 1), the window counts the query itself.
+    """
+
+    lo: int | None = None
+    hi: int | None = None
+
+    @staticmethod
+    def full() -> Band:
+        return Band()
+
+    @staticmethod
+    def causal(window: int | None = None) -> Band:
+        """Every key up to the query, or the last `window` of them, the query's own included."""
+        if window is not None and window < 1:
+            raise ValueError(f"a window of {window} tokens: it counts the query itself, so it is at least 1")
+        return Band(0, None if window is None else window - 1)
+
+    @staticmethod
+    def causal_bottom_right(queries: int, keys: int) -> Band:
+        """Causal with the last query aligned to the last key, for queries that continue a longer key sequence."""
+        return Band(queries - keys, None)
+
+    def between(self, q: Chunk, k: Chunk) -> Band:
+        """The same mask in local indices of two chunks of equal stride (docs/attention.md, 'Bands under a ring')."""
+        if q.stride != k.stride:
+            raise ValueError(f"chunks of strides {q.stride} and {k.stride}")
+        stride, d = q.stride, q.start - k.start
+        lo = None if self.lo is None else -((d - self.lo) // stride)
+        hi = None if self.hi is None else (self.hi - d) // stride
+        return Band(lo, hi)
+
+    def shift(self, q_offset: int, k_offset: int) -> Band:
+        """The same mask in the indices of a sub-rectangle that starts at (q_offset, k_offset)."""
+        d = q_offset - k_offset
+        return Band(None if self.lo is None else self.lo - d, None if self.hi is None else self.hi - d)
+
+    def cover(self, queries: int, keys: int) -> Cover:
+        """EMPTY, PARTIAL or FULL over a rectangle of `queries` x `keys`."""
+        least, most = -(keys - 1), queries - 1
+        lo = least if self.lo is None else self.lo
+        hi = most if self.hi is None else self.hi
+        if queries <= 0 or keys <= 0 or lo > most or hi < least or lo > hi:
+            return Cover.EMPTY
+        return Cover.FULL if lo <= least and hi >= most else Cover.PARTIAL
+
+    def dense(self, queries: int, keys: int, device: torch.device | None = None) -> Tensor:
+        """bool [queries, keys], True where the query sees the key."""
+        distance = torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
+        mask = torch.ones_like(distance, dtype=torch.bool)
+        if self.lo is not None:
+            mask &= distance >= self.lo
+        if self.hi is not None:
+            mask &= distance <= self.hi
+        return mask
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """A band, and the document of every query and key. It always describes the whole sequence; a ring cuts its own part.
+
+    q_segments [B, Tq], k_segments [B, Tk]: int32; tokens see each other only where their segments are equal and not PADDING (-1).
+    Both are None where every token is of one document. boundaries: as in `Batch`, on the host, only for self attention; with them
+    a ring skips exchanges that no document needs. Without them nothing is skipped.
+    """
+
+    band: Band
+    q_segments: Tensor | None = None
+    k_segments: Tensor | None = None
+    boundaries: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        if (self.q_segments is None) != (self.k_segments is None):
+            raise ValueError("give segments for both queries and keys, or for neither")
+        if self.boundaries is not None and (self.q_segments is None or self.q_segments is not self.k_segments):
+            raise ValueError("boundaries tell where the documents of self attention lie: give them with one tensor of segments")
+
+    @staticmethod
+    def of(batch: Batch, band: Band) -> AttentionMask:
+        """The mask of a packed batch. Rows of one unpadded document need no segments at all."""
+        length = batch.tokens.shape[1]
+        if all(row == (0, length) for row in batch.boundaries):
+            return AttentionMask(band)
+        return AttentionMask(band, batch.segment_ids, batch.segment_ids, batch.boundaries)
+
+    def to(self, device: torch.device | str) -> AttentionMask:
+        """The same mask with its segments on `device`."""
+        if self.q_segments is None or self.k_segments is None:
+            return self
+        q_segments = self.q_segments.to(device, non_blocking=True)
+        shared = self.k_segments is self.q_segments
+        return replace(
+            self, q_segments=q_segments, k_segments=q_segments if shared else self.k_segments.to(device, non_blocking=True)
+        )
+
+    def dense(self, queries: int, keys: int, device: torch.device | None = None) -> Tensor:
+        """bool [1 or B, queries, keys]."""
+        return visible(self.band, queries, keys, self.q_segments, self.k_segments, device)
+
+
+def visible(
+    band: Band, queries: int, keys: int, q_segments: Tensor | None, k_segments: Tensor | None, device: torch.device | None
+) -> Tensor:
+    """bool [1 or B, queries, keys]: band and documents together."""
+    mask = band.dense(queries, keys, device)[None]
+    if q_segments is not None and k_segments is not None:
+        mask = mask & (q_segments[:, :, None] == k_segments[:, None, :]) & (q_segments != PADDING)[:, :, None]
+    return mask

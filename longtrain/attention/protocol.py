@@ -1,0 +1,153 @@
+"""The softmax-attention primitive that every kernel implements, and the seam that models see.
+
+Notation: q [B, Tq, H, D], k [B, Tk, Hkv, D], v [B, Tk, Hkv, Dv], out [B, Tq, H, Dv]; Hkv divides H (GQA, MQA), query head h uses
+key head h // (H / Hkv). lse: natural logarithm, fp32, [B, H, Tq].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from longtrain.attention.keep import Keep
+from longtrain.attention.layout import Chunk
+from longtrain.attention.mask import AttentionMask, Band
+from longtrain.attention.spec import AttentionSpec
+
+PLAIN = AttentionSpec()
+"""Scores scaled by 1 / sqrt(D), nothing else."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One rectangle of (query, key) pairs: a band in local indices, documents, and where the rows and columns lie globally.
+
+    q_segments [B, Tq], k_segments [B, Tk]: int32, of any strides, or both None. Row i is global position q_start + stride * i, column j is
+    k_start + stride * j: ALiBi and dropout read these, so that they are the same in any ring.
+    """
+
+    band: Band
+    q_segments: Tensor | None = None
+    k_segments: Tensor | None = None
+    q_start: int = 0
+    k_start: int = 0
+    stride: int = 1
+
+    @staticmethod
+    def of(mask: AttentionMask) -> Block:
+        """The whole of a mask as one block."""
+        return Block(mask.band, mask.q_segments, mask.k_segments)
+
+    def narrow(self, q_start: int, q_length: int, k_start: int, k_length: int) -> Block:
+        """A sub-rectangle, in its own local indices."""
+        return Block(
+            self.band.shift(q_start, k_start),
+            None if self.q_segments is None else self.q_segments.narrow(1, q_start, q_length),
+            None if self.k_segments is None else self.k_segments.narrow(1, k_start, k_length),
+            self.q_start + self.stride * q_start,
+            self.k_start + self.stride * k_start,
+            self.stride,
+        )
+
+    def q_positions(self, queries: int, device: torch.device) -> Tensor:
+        return Chunk(self.q_start, queries, self.stride).positions(device)
+
+    def k_positions(self, keys: int, device: torch.device) -> Tensor:
+        return Chunk(self.k_start, keys, self.stride).positions(device)
+
+
+class Partial(NamedTuple):
+    """An attention result over some of the keys: out [B, Tq, H, Dv], lse fp32 [B, H, Tq]."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class Grads(NamedTuple):
+    """dq, dk, dv shaped as q, k, v; dbias shaped as the bias, where there is one."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a schedule asks of a kernel. kinds: those of every block that it yields (`band_kind`)."""
+
+    kinds: frozenset[str]
+    documents: bool
+    features: frozenset[str]
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: str
+    fp32_partials: bool = False
+
+
+def band_kind(band: Band) -> str:
+    """'full', 'causal', 'window' (causal with a bound), or 'band' for every other, such as the lo = 1 of striped rings."""
+    if band == Band.full():
+        return "full"
+    if band == Band.causal():
+        return "causal"
+    return "window" if band.lo == 0 else "band"
+
+
+class AttentionKernel(Protocol):
+    """Tensors in, tensors out; not an autograd function, holds no state between calls."""
+
+    name: str
+
+    def refuses(self, needs: Needs) -> list[str]:
+        """Why it cannot do this, in words; empty where it can."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec, *, into: Partial | None = None
+    ) -> Partial:
+        """Attention over one block. A row that sees nothing has out 0 and lse -inf.
+
+        `into`: an fp32 partial result over other keys, merged with this one in place and returned. Without it `out` has q's dtype.
+        """
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        block: Block,
+        spec: AttentionSpec,
+        *,
+        into: Grads | None = None,
+    ) -> Grads:
+        """Gradients through one block. lse and delta = sum(dout * out, -1) are those of the whole row, fp32 [B, H, Tq].
+
+        `into`: fp32 accumulators, added to in place and returned; without it gradients are of the inputs' dtypes.
+        """
+        ...
+
+
+class Attend(Protocol):
+    """The seam that models see. An implementation may hold shards of the sequence and brings its own exchange."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        spec: AttentionSpec = PLAIN,
+        *,
+        keep: Keep | None = None,
+    ) -> Tensor:
+        """Attention [B, Tq, H, Dv] of q's dtype. `keep`: the store of a recomputed block; the recomputation runs no kernel."""
+        ...

@@ -1,0 +1,207 @@
+"""Where documents come from: one text file is one document, named by its path below the source folder."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import stat
+import sysconfig
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from longtrain.errors import DataError
+
+_PROSE = {".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex"}
+_CODE = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".kt", ".scala", ".js", ".ts", ".go", ".rs", ".rb"}
+_SCRIPTS = {".php", ".pl", ".lua", ".jl", ".r", ".m", ".swift", ".cs", ".hs", ".ml", ".sh", ".sql"}
+
+TEXT_SUFFIXES = frozenset(_PROSE | _CODE | _SCRIPTS)
+"""What counts as text without --glob. Containers of many documents (.jsonl, .csv) are left out: a file is one document."""
+
+STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"})
+"""Tests, generated code tables, and what is not the standard library."""
+
+STDLIB_HELD_OUT = frozenset(
+    {
+        "argparse.py",
+        "asyncio/tasks.py",
+        "dataclasses.py",
+        "heapq.py",
+        "json/decoder.py",
+        "statistics.py",
+        "tempfile.py",
+        "textwrap.py",
+    }
+)
+"""In every Python from 3.11 on, long and short, prose and code: about 3% of the tokens."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text file: `name` is its path below the source with forward slashes, on every machine the same."""
+
+    name: str
+    path: Path
+
+
+@dataclass
+class Skipped:
+    """Names of the files that did not become documents, by reason."""
+
+    not_utf8: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+
+    def counts(self) -> dict[str, int]:
+        """Number of files by reason."""
+        return {"not_utf8": len(self.not_utf8), "unreadable": len(self.unreadable), "empty": len(self.empty)}
+
+    def __str__(self) -> str:
+        reasons = (("not UTF-8", self.not_utf8), ("unreadable", self.unreadable), ("empty", self.empty))
+        return "; ".join(f"{len(names)} {reason} ({_some(names)})" for reason, names in reasons if names)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of both splits, each in the shuffled order in which they are written."""
+
+    train: tuple[Document, ...]
+    heldout: tuple[Document, ...]
+    skipped: Skipped
+
+
+def find_corpus(
+    source: Path,
+    *,
+    globs: Sequence[str] = (),
+    held_out: float | frozenset[str] = 0.02,
+    seed: int = 0,
+    skip_folders: frozenset[str] = frozenset(),
+) -> Corpus:
+    """All text files below `source`, split and shuffled. Hidden files and folders are left out, and those named in `skip_folders`.
+
+    globs: patterns on a document's name ('**' crosses folders); none means TEXT_SUFFIXES. held_out: the share of documents kept
+    from training, chosen by a hash of the name, or the names themselves. Order and split depend on names and seed alone.
+    DataError where the folder is missing or a split has no document.
+    """
+    if not source.is_dir():
+        problem = "is a file; give the folder that holds it" if source.exists() else "no such folder"
+        raise DataError(f"--source {source}: {problem}")
+    skipped = Skipped()
+    wanted = _name_filter(globs)
+    others: Counter[str] = Counter()
+    documents = []
+    for document in _walk(source, skip_folders, skipped):
+        if wanted(document.name):
+            documents.append(document)
+        else:
+            others[document.path.suffix or "no suffix"] += 1
+    if not documents:
+        found = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5)) or "no readable files at all"
+        looked_for = f"--glob {' --glob '.join(globs)}" if globs else "the usual text suffixes"
+        raise DataError(f"--source {source}: no text files; looked for {looked_for}, found {found}. Name them with --glob")
+    documents.sort(key=lambda document: (_hash(f"order {seed}", document.name), document.name))
+    kept_back = _held_out(documents, held_out)
+    train = tuple(document for document in documents if document.name not in kept_back)
+    if not train:
+        raise DataError(f"all {len(documents)} documents are held out, none is left to train on: lower --held-out or add documents")
+    return Corpus(train, tuple(document for document in documents if document.name in kept_back), skipped)
+
+
+def find_stdlib(*, globs: Sequence[str] = (), seed: int = 0) -> Corpus:
+    """The running interpreter's standard library, read in place, with STDLIB_HELD_OUT kept from training."""
+    source = Path(sysconfig.get_path("stdlib"))
+    return find_corpus(source, globs=globs or ("**/*.py",), held_out=STDLIB_HELD_OUT, seed=seed, skip_folders=STDLIB_SKIPPED)
+
+
+def read_texts(documents: Sequence[Document], skipped: Skipped) -> Iterator[tuple[Document, str | None]]:
+    """Every document with its text, or with None (and a note in `skipped`) where it cannot be one."""
+    for document in documents:
+        text = None
+        try:
+            text = document.path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError:
+            skipped.not_utf8.append(document.name)
+        except OSError:
+            skipped.unreadable.append(document.name)
+        if text is not None and not text.strip():
+            skipped.empty.append(document.name)
+            text = None
+        yield document, text
+
+
+def _walk(source: Path, skip_folders: frozenset[str], skipped: Skipped) -> Iterator[Document]:
+    """Regular files below `source`. Links are followed, and no file or folder is seen twice, so loops end."""
+    seen: set[tuple[int, int]] = set()
+
+    def name_of(path: str) -> str:
+        return Path(path).relative_to(source).as_posix()
+
+    def first_visit(path: str) -> os.stat_result | None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            skipped.unreadable.append(name_of(path))
+            return None
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            return None
+        seen.add(identity)
+        return status
+
+    def refused(error: OSError) -> None:
+        skipped.unreadable.append(name_of(error.filename))
+
+    first_visit(str(source))
+    for folder, folders, files in os.walk(source, followlinks=True, onerror=refused):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in skip_folders)
+        folders[:] = [name for name in folders if first_visit(os.path.join(folder, name))]
+        for name in sorted(files):
+            path = os.path.join(folder, name)
+            status = None if name.startswith(".") else first_visit(path)
+            if status is not None and stat.S_ISREG(status.st_mode):
+                yield Document(name_of(path), Path(path))
+
+
+def _held_out(documents: Sequence[Document], held_out: float | frozenset[str]) -> frozenset[str]:
+    if isinstance(held_out, frozenset):
+        chosen = frozenset(document.name for document in documents) & held_out
+        if not chosen:
+            raise DataError(f"none of the held-out files is among the documents: let --glob match {_some(sorted(held_out))}")
+        return chosen
+    if not 0 < held_out < 1:
+        raise DataError(f"--held-out {held_out} is not a share between 0 and 1")
+    places = {document.name: _hash("held-out", document.name) / 2**64 for document in documents}
+    chosen = frozenset(name for name, place in places.items() if place < held_out)
+    if not chosen:
+        enough = math.ceil(min(places.values()) * 1000 + 1) / 1000
+        advice = f"use --held-out {enough:g}" if len(documents) > 1 else "split the text into several files"
+        raise DataError(f"a file is a document, and --held-out {held_out:g} picks none of {len(documents)}: {advice}")
+    return chosen
+
+
+def _hash(purpose: str, name: str) -> int:
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=8, key=hashlib.blake2b(purpose.encode()).digest())
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _name_filter(globs: Sequence[str]) -> Callable[[str], bool]:
+    if not globs:
+        return lambda name: os.path.splitext(name)[1].lower() in TEXT_SUFFIXES
+    patterns = [re.compile(_regex(glob)) for glob in globs]
+    return lambda name: any(pattern.fullmatch(name) for pattern in patterns)
+
+
+def _regex(glob: str) -> str:
+    """A glob on whole names as a regular expression: '**/' is any folders or none, '*' and '?' stay inside one name."""
+    signs = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return "".join(signs.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*\*|\*|\?)", glob))
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    shown = ", ".join(name.encode("utf-8", "replace").decode() for name in names[:limit])
+    return shown + (", ..." if len(names) > limit else "")

@@ -1,0 +1,1 @@
+"""Looking at a run: held-out loss, plots, generated text, export."""

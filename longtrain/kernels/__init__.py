@@ -1,0 +1,1 @@
+"""Attention kernels and fused layers: tensors in, tensors out."""

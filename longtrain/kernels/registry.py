@@ -1,0 +1,57 @@
+"""Which attention kernels there are, what each can do, and which one to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from longtrain.attention.mask import Band
+from longtrain.attention.protocol import AttentionKernel, Needs, band_kind
+from longtrain.attention.reference import ReferenceKernel
+from longtrain.errors import KernelError
+from longtrain.kernels.memory_efficient import MemoryEfficientKernel
+
+AUTO = "auto"
+
+
+def kernels() -> tuple[AttentionKernel, ...]:
+    """Every kernel, the fastest first."""
+    return (MemoryEfficientKernel(), ReferenceKernel())
+
+
+def kinds_of(bands: Iterable[Band]) -> frozenset[str]:
+    """The block kinds of a schedule, for `Needs`."""
+    return frozenset(band_kind(band) for band in bands)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel taken, and for every other one why not."""
+
+    kernel: AttentionKernel
+    others: dict[str, str]
+
+
+def select(needs: Needs, wanted: str = AUTO, candidates: tuple[AttentionKernel, ...] | None = None) -> Choice:
+    """The fastest kernel that can do all that `needs` holds. Asking by name never falls back.
+
+    Raises KernelError with every kernel's reasons where none can, or where the wanted one cannot.
+    """
+    candidates = kernels() if candidates is None else candidates
+    by_name = {kernel.name: kernel for kernel in candidates}
+    reasons = {name: kernel.refuses(needs) for name, kernel in by_name.items()}
+    if wanted != AUTO and wanted not in by_name:
+        raise KernelError(f"attention.kernel: there is no kernel {wanted!r}; there are: auto, {', '.join(by_name)}")
+    if wanted != AUTO and reasons[wanted]:
+        able = [name for name, why in reasons.items() if not why]
+        hint = f"; set attention.kernel to {' or '.join(['auto', *able])}" if able else ""
+        raise KernelError(f"attention.kernel: {wanted} cannot do this: {'; '.join(reasons[wanted])}{hint}")
+    able = [name for name, why in reasons.items() if not why]
+    if not able:
+        raise KernelError("no attention kernel can do this:\n" + "\n".join(f"  {n}: {'; '.join(w)}" for n, w in reasons.items()))
+    taken = able[0] if wanted == AUTO else wanted
+    others = {}
+    for name, why in reasons.items():
+        if name != taken:
+            others[name] = "; ".join(why) or (f"slower than {taken}" if wanted == AUTO else f"able, but {taken} was asked for")
+    return Choice(by_name[taken], others)

@@ -1,0 +1,47 @@
+"""What a decoder is made of, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from longtrain.errors import PlanError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and constants of one decoder; `families.family_of` says what its parts are.
+
+    vocab_size, hidden_size, layers, heads, kv_heads, head_dim, intermediate_size: counts, at least 1; kv_heads divides heads (GQA,
+    Ainslie et al. 2023), head_dim is even. max_positions: the longest sequence the model is trained on. window: how many keys a
+    query sees, its own included; None is all earlier ones. init_std: of the normal distribution that weights start from.
+
+    Raises:
+        PlanError: a number that no decoder can have.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    tied_embeddings: bool = False
+    window: int | None = None
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        counts = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "max_positions")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise PlanError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.heads % self.kv_heads:
+            raise PlanError(f"model.kv_heads {self.kv_heads} does not divide model.heads {self.heads}; choose a divisor")
+        if self.head_dim % 2:
+            raise PlanError(f"model.head_dim {self.head_dim} is odd; rotary positions turn pairs of features, choose an even one")
+        if self.window is not None and self.window < 1:
+            raise PlanError(f"model.window {self.window} counts the query itself, so it must be at least 1")

@@ -1,0 +1,129 @@
+"""A decoder as a Hugging Face folder that transformers loads without our code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from longtrain.errors import CheckpointError
+from longtrain.models.config import ModelConfig
+from longtrain.models.families import family_of, hugging_face_names, parameter_shapes
+from longtrain.models.tokenizer_json import tokenizer_files
+
+SHARD_BYTES = 5 * 10**9
+"""Hugging Face's customary shard: large enough for few files, small enough for a laptop's memory."""
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None) -> dict[str, object]:
+    """The contents of config.json, for transformers 5 and for earlier versions."""
+    name = str(dtype).removeprefix("torch.")
+    shared = {"bos_token_id": bos, "eos_token_id": eos, "use_cache": True, "dtype": name, "torch_dtype": name}
+    return family_of(config).hugging_face(config) | shared
+
+
+def write_folder(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    tokenizer_model: Path | None,
+    bos: int | None,
+    eos: int | None,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes config, weights and tokenizer, so that `folder` appears whole or not at all.
+
+    tensors: (our name, tensor), every parameter once and in any order; at most `shard_bytes`, or one tensor, of them are held at a
+    time. tokenizer_model: a SentencePiece .model file, also written as tokenizer.json; None leaves the tokenizer out. bos, eos:
+    token ids.
+
+    Raises:
+        CheckpointError: the folder exists, or a parameter is missing, unknown, given twice or of another shape.
+        DataError: the tokenizer cannot be written with the same ids.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists; name a folder that does not")
+    whole, part = folder.absolute(), folder.absolute().with_name(f".{folder.name}.{os.getpid()}.tmp")
+    part.mkdir(parents=True)
+    try:
+        contents = {"config.json": config_json(config, dtype, bos, eos)}
+        contents["generation_config.json"] = {"bos_token_id": bos, "eos_token_id": eos}
+        if tokenizer_model is not None:
+            contents |= tokenizer_files(tokenizer_model)
+            shutil.copyfile(tokenizer_model, part / "tokenizer.model")
+        _write_weights(part, _translated(config, tensors, dtype), shard_bytes)
+        for name, content in contents.items():
+            (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path in [*part.iterdir(), part]:
+            _to_disk(path)
+        part.rename(whole)
+        _to_disk(whole.parent)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _translated(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face's names, and every parameter checked."""
+    names, missing = hugging_face_names(config), parameter_shapes(config)
+    for name, tensor in tensors:
+        shape = missing.pop(name, None)
+        if shape is None:
+            raise CheckpointError(f"parameter {name}: {'given twice' if name in names else 'the model has none of this name'}")
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"parameter {name}: has shape {tuple(tensor.shape)}, the model has {shape}")
+        yield names[name], tensor.detach().to("cpu", dtype).contiguous()
+    if missing:
+        raise CheckpointError(f"{len(missing)} parameters are missing, {next(iter(missing))} first")
+
+
+def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """Shards in the order given, and the index that finds a tensor; one shard needs no index."""
+    # map lets go of a shard before the next one is read
+    shards = list(map(partial(_write_shard, folder), count(1), _shards(tensors, shard_bytes)))
+    total = len(shards)
+    files = ["model.safetensors" if total == 1 else f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+    for i, file in enumerate(files, 1):
+        (folder / str(i)).rename(folder / file)
+    if total > 1:
+        index = {
+            "metadata": {"total_size": sum(size for shard in shards for size in shard.values())},
+            "weight_map": {name: file for shard, file in zip(shards, files, strict=True) for name in shard},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> dict[str, int]:
+    """The bytes of every tensor written. The file is called by its number until the count is known."""
+    save_file(shard, folder / str(number), metadata={"format": "pt"})
+    return {name: tensor.nbytes for name, tensor in shard.items()}
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,57 @@
+"""Cutting a packed batch for one rank of a ring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from longtrain.attention.layout import SequenceLayout
+from longtrain.attention.mask import AttentionMask, Band
+from longtrain.batch import IGNORE, PADDING, Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One rank's part: tokens, labels, positions int64 [B, T_local]; the mask still describes the whole sequence."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    mask: AttentionMask
+
+    def to(self, device: torch.device | str) -> Shard:
+        """The same shard on `device`."""
+        moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions))
+        return Shard(*moved, mask=self.mask.to(device))
+
+    @property
+    def trainable(self) -> int:
+        """Labels of this shard that bear loss. Reads the tensor: call it while the shard is on the host."""
+        return int((self.labels != IGNORE).sum())
+
+
+def pad_batch(batch: Batch, length: int) -> Batch:
+    """The batch with padding up to `length` positions: no document, no loss. Raises ValueError where it is longer than that."""
+    more = length - batch.tokens.shape[1]
+    if more < 0:
+        raise ValueError(f"a batch of {batch.tokens.shape[1]} positions does not fit into {length}")
+    if more == 0:
+        return batch
+    return Batch(
+        tokens=pad(batch.tokens, (0, more)),
+        labels=pad(batch.labels, (0, more), value=IGNORE),
+        positions=pad(batch.positions, (0, more)),
+        segment_ids=pad(batch.segment_ids, (0, more), value=PADDING),
+        boundaries=batch.boundaries,
+    )
+
+
+def shard_batch(batch: Batch, layout: SequenceLayout, ranks: int, rank: int, band: Band) -> Shard:
+    """What `rank` of a ring of `ranks` trains on. Labels and positions were made for the whole sequence, before it is cut;
+    lengths that the layout cannot split are padded."""
+    batch = pad_batch(batch, layout.padded_length(batch.tokens.shape[1], ranks))
+    tokens, labels, positions = (layout.shard(t, ranks, rank) for t in (batch.tokens, batch.labels, batch.positions))
+    return Shard(tokens, labels, positions, AttentionMask.of(batch, band))

@@ -1,0 +1,57 @@
+"""A plan in words."""
+
+from __future__ import annotations
+
+from longtrain.models.activations import Activations, held_bytes
+from longtrain.plan.plan import Plan
+
+
+def describe(plan: Plan) -> list[tuple[str, str]]:
+    """(what, value) lines of a plan: ranks, shapes, tokens, parameters, kernels with their reasons."""
+    recipe, model, training = plan.recipe, plan.model, plan.recipe.training
+    ring = f"cp {plan.cp} ({plan.layout} ring)" if plan.cp > 1 else "cp 1 (no ring)"
+    padding = plan.padded_length - training.sequence_length
+    attention = "causal" if model.window is None else f"causal, window {model.window}"
+    mode = Activations(training.activations.value)
+    held = held_bytes(model, mode, training.micro_batch_size * plan.local_length, plan.dtype.itemsize)
+    lines = [
+        ("recipe", recipe.name),
+        ("run folder", recipe.run_folder),
+        ("ranks", f"{plan.world} on {plan.device}: dp {plan.dp} x {ring}"),
+        (
+            "model",
+            f"{model.family}, {plan.parameters:,} parameters: {model.layers} layers, hidden {model.hidden_size}, "
+            f"{model.heads} heads / {model.kv_heads} key-value heads of {model.head_dim}, vocabulary {model.vocab_size}",
+        ),
+        (
+            "sequence",
+            f"{training.sequence_length:,} tokens"
+            + (f" (+{padding} padding)" if padding else "")
+            + f", {plan.local_length:,} on each rank",
+        ),
+        (
+            "step",
+            f"{training.batch_size} sequences = {plan.tokens_per_step:,} tokens: "
+            f"{plan.dp} dp x {training.micro_batch_size} a forward x {plan.accumulation} accumulated",
+        ),
+        ("steps", f"{training.steps:,} = {training.steps * plan.tokens_per_step:,} tokens"),
+        ("precision", f"{training.precision}, ZeRO stage {recipe.zero.stage}, optimizer offload {recipe.zero.offload}"),
+        ("model state", f"about {state_bytes(plan) / 2**30:.3g} GiB on each rank (weights, gradients, master weights, moments)"),
+        ("activations", f"{mode}: blocks hold about {held * model.layers / 2**30:.3g} GiB on each rank"),
+        ("attention", attention),
+        ("kernel", plan.kernel.kernel.name),
+    ]
+    lines += [(f"  not {name}", reason) for name, reason in plan.kernel.others.items()]
+    return lines
+
+
+def state_bytes(plan: Plan) -> float:
+    """Bytes of model state on one rank: low-precision weights and gradients, fp32 master weights and two moments, as ZeRO shares
+    them; offloaded optimizer state is on the host and not counted."""
+    low = plan.dtype.itemsize
+    master = 0 if low == 4 and plan.recipe.zero.stage == 0 else 4
+    stage, world = plan.recipe.zero.stage, plan.world
+    optimizer = 0.0 if plan.recipe.zero.offload == "cpu" else (master + 8) / (world if stage >= 1 else 1)
+    gradients = low / (world if stage >= 2 else 1)
+    weights = low / (world if stage >= 3 else 1)
+    return plan.parameters * (weights + gradients + optimizer)

@@ -1,0 +1,1 @@
+"""Recipes: strict YAML files to frozen settings of a training run."""

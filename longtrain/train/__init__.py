@@ -1,0 +1,1 @@
+"""Assembly, the training loop, checkpoints and tracking."""

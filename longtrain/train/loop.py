@@ -1,0 +1,78 @@
+"""The training loop: what happens after which step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from longtrain.plan.speed import peak_flops
+from longtrain.train.assemble import Run
+from longtrain.train.metrics import Metrics, peak_memory_gib, utilisation
+from longtrain.train.optim import learning_rate
+from longtrain.train.state import Progress
+from longtrain.train.step import StepOutcome, train_step
+
+Evaluate = Callable[[Run], float]
+"""The held-out loss of a run as it stands; called by all ranks."""
+
+
+def train(run: Run, *, until: int, evaluate: Evaluate | None = None) -> Progress:
+    """Trains until `until` optimizer steps are done, saving as the recipe says and at the end.
+
+    All ranks call it. evaluate: injected by the command line, called where the recipe wants an evaluation.
+    """
+    recipe, plan, ctx = run.plan.recipe, run.plan, run.ctx
+    peak = peak_flops(torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu", plan.dtype)
+    while run.progress.step < until:
+        step = run.progress.step
+        lr = _learning_rate(run, step)
+        begin = time.perf_counter()
+        outcome = train_step(run.engine, plan, ctx, run.loader.step(step), lr)
+        seconds = time.perf_counter() - begin
+        run.progress = run.progress.after_step(recipe.training.batch_size, recipe.training.sequence_length)
+        if outcome.skipped:
+            run.trackers.say(f"step {step + 1}: the loss scale was too large, the update was skipped and the scale is lower now")
+        done = step + 1
+        last = done == until
+        eval_loss = None
+        if evaluate is not None and recipe.evaluation.every and (done % recipe.evaluation.every == 0 or last):
+            eval_loss = evaluate(run)
+        if done % recipe.tracking.every == 0 or eval_loss is not None or last:
+            run.trackers.log(_metrics(run, outcome, eval_loss, lr, seconds, peak))
+        if done % recipe.checkpoint.every == 0 or last:
+            run.save()
+    return run.progress
+
+
+def _learning_rate(run: Run, step: int) -> float:
+    schedule, training = run.plan.recipe.schedule, run.plan.recipe.training
+    return learning_rate(
+        step,
+        kind=schedule.kind.value,
+        lr=run.plan.recipe.optimizer.lr,
+        steps=training.steps,
+        warmup_steps=schedule.warmup_steps,
+        decay_steps=schedule.decay_steps,
+        final_ratio=schedule.final_ratio,
+    )
+
+
+def _metrics(run: Run, outcome: StepOutcome, eval_loss: float | None, lr: float, seconds: float, peak: float | None) -> Metrics:
+    mfu_causal, mfu_full = utilisation(outcome.flops, seconds, run.ctx.world, peak)
+    rate = run.plan.tokens_per_step / seconds
+    return Metrics(
+        step=run.progress.step,
+        loss=outcome.loss,
+        eval_loss=eval_loss,
+        lr=lr,
+        grad_norm=outcome.grad_norm,
+        tokens=run.progress.tokens,
+        tokens_per_second=rate,
+        tokens_per_second_per_rank=rate / run.ctx.world,
+        step_seconds=seconds,
+        mfu_causal=mfu_causal,
+        mfu_full=mfu_full,
+        memory_gib=peak_memory_gib(run.ctx.device),
+    )

@@ -1,0 +1,49 @@
+"""What one report of a run holds."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+
+import torch
+
+from longtrain.models.flops import Flops
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """One line of metrics.jsonl.
+
+    step: optimizer steps done. loss: mean over the trainable tokens of the step, natural logarithm. eval_loss: the same over
+    held-out text, null in steps without evaluation. grad_norm: before clipping. tokens: trained on since the start of the run.
+    tokens_per_second: over all ranks; tokens_per_second_per_rank is what to compare between machines. mfu_causal counts the work
+    that documents, band and padding leave, mfu_full the whole square of pairs; recomputation never; null where the device's peak
+    is not known. memory_gib: the most that any tensor allocation reached on this device, or of the process on a CPU.
+    """
+
+    step: int
+    loss: float
+    eval_loss: float | None
+    lr: float
+    grad_norm: float
+    tokens: int
+    tokens_per_second: float
+    tokens_per_second_per_rank: float
+    step_seconds: float
+    mfu_causal: float | None
+    mfu_full: float | None
+    memory_gib: float
+
+
+def utilisation(flops: Flops, seconds: float, world: int, peak: float | None) -> tuple[float | None, float | None]:
+    """(mfu_causal, mfu_full) of `flops` over all ranks; peak in FLOP/s of one device."""
+    if peak is None:
+        return None, None
+    return flops.causal / (seconds * world * peak), flops.full / (seconds * world * peak)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The high-water mark of this process: allocated by torch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

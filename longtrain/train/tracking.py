@@ -1,0 +1,133 @@
+"""Where reports go: a file of JSON lines always, and the console. Only the main rank tracks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from longtrain.train.metrics import Metrics
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Tracker(Protocol):
+    """Receives the reports of a run."""
+
+    def log(self, metrics: Metrics) -> None: ...
+
+    def say(self, text: str) -> None:
+        """A remark for people: a checkpoint, a warning."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl: one object a line, keys as in `Metrics`."""
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        """Goes on after `resumed_step`: later lines, of steps that will be done again, and a torn last line are dropped."""
+        rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
+        fresh = path.with_suffix(".tmp")
+        with fresh.open("w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+        self._file = path.open("a")
+
+    def log(self, metrics: Metrics) -> None:
+        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        self._file.flush()
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Terminal:
+    """A progress bar on a terminal, plain lines in a log."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=console)
+            self._task = self._progress.add_task("", total=steps, completed=done)
+            self._progress.start()
+
+    def log(self, metrics: Metrics) -> None:
+        line = summary(metrics)
+        if self._progress is None:
+            self._console.print(f"step {metrics.step}/{self._steps}  {line}", highlight=False, soft_wrap=True)
+            return
+        self._progress.update(self._task, completed=metrics.step, description=line)
+        if metrics.eval_loss is not None:
+            self._console.print(f"step {metrics.step}: held-out loss {metrics.eval_loss:.4f}, training loss {metrics.loss:.4f}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class Trackers:
+    """Several trackers as one; none on ranks that do not report."""
+
+    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = trackers
+
+    def log(self, metrics: Metrics) -> None:
+        for tracker in self._trackers:
+            tracker.log(metrics)
+
+    def say(self, text: str) -> None:
+        for tracker in self._trackers:
+            tracker.say(text)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def summary(metrics: Metrics) -> str:
+    """One line for people."""
+    parts = [f"loss {metrics.loss:.4f}"]
+    if metrics.eval_loss is not None:
+        parts.append(f"held-out {metrics.eval_loss:.4f}")
+    parts += [f"lr {metrics.lr:.2e}", f"grad {metrics.grad_norm:.2f}", f"{metrics.tokens_per_second:,.0f} tokens/s"]
+    if metrics.tokens_per_second != metrics.tokens_per_second_per_rank:
+        parts.append(f"({metrics.tokens_per_second_per_rank:,.0f} a rank)")
+    if metrics.mfu_causal is not None and metrics.mfu_full is not None:
+        parts.append(f"MFU {metrics.mfu_causal:.1%} causal {metrics.mfu_full:.1%} full")
+    return "  ".join([*parts, f"{metrics.memory_gib:.1f} GiB"])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The reports of a run so far; nothing where there is no file. A torn last line is left out."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from longtrain.data.corpus import STDLIB_HELD_OUT, Skipped, find_corpus, find_stdlib, read_texts
+from longtrain.errors import DataError
+
+
+def fill(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"text of {name}")
+    return folder
+
+
+def names(source: Path, *globs: str) -> set[str]:
+    corpus = find_corpus(source, globs=globs, held_out=frozenset({"a.txt", "e(1).py"}))
+    return {document.name for document in corpus.train + corpus.heldout}
+
+
+def test_globs(tmp_path: Path) -> None:
+    every = ["a.txt", "B.TXT", "sub/b.md", "sub/deep/c.txt", "d.json", "e(1).py", "sub/é ü.txt"]
+    fill(tmp_path, *every, ".hidden.txt", ".git/x.txt", "sub/.cache/y.txt")
+    assert names(tmp_path) == set(every) - {"d.json"}
+    assert names(tmp_path, "**/*.txt") == {"a.txt", "sub/deep/c.txt", "sub/é ü.txt"}
+    assert names(tmp_path, "*.txt", "sub/**") == {"a.txt", "sub/b.md", "sub/deep/c.txt", "sub/é ü.txt"}
+    assert names(tmp_path, "**/e(1).py", "?.json", "sub/*") == {"e(1).py", "d.json", "sub/b.md", "sub/é ü.txt"}
+
+
+def test_order_and_split_depend_on_names_and_seed_alone(tmp_path: Path) -> None:
+    files = [f"{n % 4}/{n}.txt" for n in range(60)]
+    a = find_corpus(fill(tmp_path / "a", *files), held_out=0.2, seed=1)
+    b = find_corpus(fill(tmp_path / "elsewhere" / "b", *reversed(files)), held_out=0.2, seed=1)
+    c = find_corpus(tmp_path / "a", held_out=0.2, seed=2)
+    order = [[document.name for document in corpus.train] for corpus in (a, b, c)]
+    assert order[0] == order[1] != order[2]
+    assert order[0] != sorted(order[0])
+    assert {document.name for document in a.heldout} == {document.name for document in c.heldout}
+    fill(tmp_path / "a", "new.txt")
+    grown = find_corpus(tmp_path / "a", held_out=0.2, seed=1)
+    assert {document.name for document in grown.heldout} - {"new.txt"} == {document.name for document in a.heldout}
+    assert [document.name for document in grown.train if document.name != "new.txt"] == order[0]
+
+
+def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
+    source = fill(tmp_path / "source", "a.txt", "sub/b.txt")
+    other = fill(tmp_path / "other", "c.txt", "d.txt")
+    (source / "sub" / "up").symlink_to(source, target_is_directory=True)
+    (source / "self").symlink_to(source / "self")
+    (source / "linked").symlink_to(other, target_is_directory=True)
+    (source / "again").symlink_to(other, target_is_directory=True)
+    (source / "a2.txt").symlink_to(source / "a.txt")
+    (source / "gone.txt").symlink_to(source / "nowhere.txt")
+    os.mkfifo(source / "pipe.txt")
+    corpus = find_corpus(source, held_out=frozenset({"a.txt"}))
+    found = {document.name for document in corpus.train + corpus.heldout}
+    assert found == {"a.txt", "sub/b.txt", "again/c.txt", "again/d.txt"}
+    assert sorted(corpus.skipped.unreadable) == ["gone.txt", "self"]
+
+
+def test_reading(tmp_path: Path) -> None:
+    source = fill(tmp_path, *(f"{n}.txt" for n in range(6)))
+    (source / "0.txt").write_bytes(b"caf\xe9")
+    (source / "1.txt").write_bytes(b"\xef\xbb\xbfwith a mark")
+    (source / "2.txt").write_text(" \n")
+    corpus = find_corpus(source, held_out=0.5)
+    (source / "3.txt").unlink()
+    skipped = Skipped()
+    texts = {document.name: text for document, text in read_texts(corpus.train + corpus.heldout, skipped)}
+    assert texts["0.txt"] is texts["2.txt"] is texts["3.txt"] is None
+    assert texts["1.txt"] == "with a mark"
+    assert texts["4.txt"] == "text of 4.txt"
+    assert skipped.counts() == {"not_utf8": 1, "unreadable": 1, "empty": 1}
+    assert str(skipped) == "1 not UTF-8 (0.txt); 1 unreadable (3.txt); 1 empty (2.txt)"
+
+
+def test_folders_without_text(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        find_corpus(tmp_path / "none")
+    with pytest.raises(DataError, match="no readable files at all"):
+        find_corpus(tmp_path)
+    fill(tmp_path, "a.json", "b.json", "c.png", "d")
+    with pytest.raises(DataError, match=r"found 2 x \.json, 1 x \.png, 1 x no suffix\. Name them with --glob"):
+        find_corpus(tmp_path)
+    with pytest.raises(DataError, match=r"looked for --glob \*\.xyz"):
+        find_corpus(tmp_path, globs=["*.xyz"])
+    with pytest.raises(DataError, match="is a file; give the folder"):
+        find_corpus(tmp_path / "a.json")
+
+
+def test_both_splits_need_a_document(tmp_path: Path) -> None:
+    source = fill(tmp_path, *(f"{n}.txt" for n in range(5)))
+    with pytest.raises(DataError, match=r"picks none of 5: use --held-out (0\.\d+)") as refusal:
+        find_corpus(source, held_out=1e-6)
+    advised = float(str(refusal.value).rsplit(" ", 1)[1])
+    assert len(find_corpus(source, held_out=advised).heldout) == 1
+    with pytest.raises(DataError, match="none is left to train on"):
+        find_corpus(source, held_out=1 - 1e-9)
+    with pytest.raises(DataError, match="several files"):
+        find_corpus(source, globs=["0.txt"], held_out=1e-6)
+    for share in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(DataError, match="between 0 and 1"):
+            find_corpus(source, held_out=share)
+
+
+def test_names_that_are_not_unicode(tmp_path: Path) -> None:
+    fill(tmp_path, "a.txt", "b.txt")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).write_bytes(b"\xff")
+    corpus = find_corpus(tmp_path, held_out=frozenset({"a.txt"}))
+    list(read_texts(corpus.train + corpus.heldout, corpus.skipped))
+    assert str(corpus.skipped) == "1 not UTF-8 (?.txt)"
+
+
+def test_the_standard_library(tmp_path: Path) -> None:
+    corpus = find_stdlib()
+    assert {document.name for document in corpus.heldout} == STDLIB_HELD_OUT
+    train = {document.name for document in corpus.train}
+    assert {"os.py", "collections/__init__.py"} <= train
+    assert not any(name.startswith(("test/", "site-packages/")) or "/tests/" in name for name in train)
+    assert sum(document.path.stat().st_size for document in corpus.train) > 5_000_000
+    with pytest.raises(DataError, match=r"let --glob match argparse\.py"):
+        find_stdlib(globs=["email/*.py"])

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from longtrain.errors import CheckpointError
+from longtrain.models import Decoder, ModelConfig, hugging_face_names
+from longtrain.models.huggingface import write_folder
+
+
+def export(folder: Path, model: Decoder, **options: object) -> None:
+    settings = {"tokenizer_model": None, "bos": 1, "eos": 2, "dtype": torch.float32, **options}
+    write_folder(folder, model.config, model.named_parameters(), **settings)  # type: ignore[arg-type]
+
+
+def test_logits_and_gradients_equal_transformers(
+    config: ModelConfig, build: Callable[..., Decoder], plain_batch: Callable, tmp_path: Path
+) -> None:
+    model = build(config)
+    export(tmp_path / "out", model)
+    theirs, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(report.values()), report
+    assert type(theirs).__name__ == ("MistralForCausalLM" if config.window or config.heads == 3 else "LlamaForCausalLM")
+    tokens, positions, mask, labels = plain_batch(config)
+    logits = theirs(tokens).logits
+    torch.testing.assert_close(model(tokens, positions, mask), logits, atol=1e-5, rtol=1e-5)
+    loss = model(tokens, positions, mask, labels)
+    expected = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)
+    loss.backward()
+    expected.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    names = hugging_face_names(config)
+    assert set(names.values()) == set(gradients)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[names[name]], atol=2e-4, rtol=1e-4, msg=name)
+
+
+def test_window_changes_the_logits(build: Callable[..., Decoder], small: ModelConfig, tmp_path: Path) -> None:
+    """The comparison above would pass with both windows ignored."""
+    tokens = torch.randint(small.vocab_size, (1, 17))
+    logits = []
+    for window in (None, 5, 6):
+        export(tmp_path / str(window), build(replace(small, window=window)))
+        logits.append(AutoModelForCausalLM.from_pretrained(tmp_path / str(window))(tokens).logits)
+    for window, windowed in ((5, logits[1]), (6, logits[2])):
+        same = (windowed == logits[0]).all(-1)[0]
+        close = torch.isclose(windowed, logits[0], atol=1e-5).all(-1)[0]
+        assert close[:window].all()
+        assert not same[window:].any()
+
+
+def test_rope_theta_reaches_old_and_new_transformers(small: ModelConfig, build: Callable, tmp_path: Path) -> None:
+    export(tmp_path / "out", build(replace(small, rope_theta=12345.0)))
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert stored["rope_theta"] == 12345.0
+    assert stored["dtype"] == stored["torch_dtype"] == "float32"
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 12345.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shards_load_as_one_file_does(small: ModelConfig, build: Callable, tmp_path: Path, dtype: torch.dtype) -> None:
+    model = build(small)
+    export(tmp_path / "one", model, dtype=dtype)
+    export(tmp_path / "many", model, dtype=dtype, shard_bytes=10_000)
+    assert (tmp_path / "one" / "model.safetensors").exists()
+    shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert all(shard.stat().st_size < 15_000 for shard in shards)
+    assert shards[-1].name == f"model-{len(shards):05}-of-{len(shards):05}.safetensors"
+    one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) and one[name].dtype == dtype for name in one)
+    ours = dict(model.named_parameters())
+    assert all(torch.equal(one[theirs], ours[name].to(dtype)) for name, theirs in hugging_face_names(small).items())
+
+
+def test_only_one_shard_is_held(small: ModelConfig, build: Callable, tmp_path: Path) -> None:
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def tensors():
+        nonlocal most
+        for name, parameter in model.named_parameters():
+            copy = parameter.detach().clone()
+            alive.append(weakref.ref(copy.untyped_storage()))
+            yield name, copy
+            del copy
+            most = max(most, sum(s.nbytes() for s in (r() for r in alive) if s is not None))
+
+    model = build(small)
+    settings = {"tokenizer_model": None, "bos": 1, "eos": 2, "dtype": torch.float32, "shard_bytes": 20_000}
+    write_folder(tmp_path / "out", small, tensors(), **settings)  # type: ignore[arg-type]
+    largest = max(p.nbytes for p in model.parameters())
+    assert most <= 20_000 + 2 * largest
+
+
+def test_a_failed_export_leaves_nothing(small: ModelConfig, build: Callable, tmp_path: Path) -> None:
+    tensors = list(build(small).named_parameters())
+    cases = {
+        "missing, norm.weight": [t for t in tensors if t[0] != "norm.weight"],
+        "given twice": [*tensors, tensors[0]],
+        "none of this name": [*tensors, ("other", torch.zeros(1))],
+        r"shape \(1,\)": [(name, torch.zeros(1)) for name, _ in tensors],
+    }
+    settings = {"tokenizer_model": None, "bos": 1, "eos": 2, "dtype": torch.float32}
+    for message, given in cases.items():
+        with pytest.raises(CheckpointError, match=message):
+            write_folder(tmp_path / "out", small, given, **settings)  # type: ignore[arg-type]
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match="exists"):
+        write_folder(tmp_path / "out", small, tensors, **settings)  # type: ignore[arg-type]
