@@ -73,11 +73,11 @@ class Case:
 
     def in_dtype(self, tensors: Tensors, dtype: torch.dtype) -> Tensors:
         """The very numbers of `tensors` in another dtype."""
-        floats = (t.detach().to(dtype) for t in tensors[:5])
+        q, k, v, dout, dlse = (t.detach().to(dtype) for t in tensors[:5])
         spec = tensors.spec
         if spec.bias is not None:
             spec = replace(spec, bias=spec.bias.detach().to(dtype).requires_grad_())
-        return Tensors(*floats, tensors.mask, spec)
+        return Tensors(q, k, v, dout, dlse, tensors.mask, spec)
 
     def _mask(self, keys: int, device: str) -> AttentionMask:
         if self.q_documents is None:
@@ -90,7 +90,7 @@ class Case:
     def _bias_shape(self, keys: int) -> tuple[int, ...]:
         b, h, i, j = self.batch, self.heads, self.q_length, keys
         shapes = ((b, h, i, j), (1, h, 1, 1), (b, 1, i, 1), (h, 1, j), (i, j), (j,), ())
-        return dict(zip(BIAS_SHAPES, shapes, strict=True))[self.bias or ""]
+        return shapes[BIAS_SHAPES.index(self.bias or "")]
 
 
 def segments(documents: Documents, length: int) -> Tensor:
@@ -117,7 +117,7 @@ def check_kernel(kernel: AttentionKernel, case: Case, dtype: torch.dtype, device
     truth = results(naive_attention, exact[:3], exact.mask, exact.spec, exact.dout, exact.dlse)
     assert fast["out"].dtype == dtype
     assert fast["lse"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert_results_close(fast, truth, low, noise=1e-12 if dtype == torch.float64 else 2e-6)
+    assert_results_close(fast, truth, low, noise=1e-12 if dtype == torch.float64 else None)
 
 
 @st.composite

@@ -8,7 +8,7 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 # fills torch.empty with NaN under deterministic algorithms, so that reading what nobody wrote fails a comparison
-torch.utils.deterministic.fill_uninitialized_memory = True
+torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 
 # the same examples every time, however slow the machine; a search with other ones is `--hypothesis-profile explore`
 settings.register_profile("steady", deadline=None, derandomize=True, database=None)

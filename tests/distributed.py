@@ -33,8 +33,9 @@ def run_ranks(
     through a file, so no port is taken. Raises RankError with the traceback of the first rank that failed; no process survives.
     """
     # Ranks are forked from a server that has imported torch and run nothing: seconds less for each than a fresh interpreter.
+    # Its compiler too: DeepSpeed's ZeRO imports it, though nothing is compiled.
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch"])
+    server.set_forkserver_preload(["torch", "torch._inductor.compile_fx"])
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
         for rank in range(world):

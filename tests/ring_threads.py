@@ -35,8 +35,8 @@ class _Post:
 
 
 class ThreadExchange:
-    """parallel.exchange.Exchange of one thread. Stricter than a network: what is sent must be contiguous, stay as it is until `wait`,
-    and match shape and dtype at the receiver, whose buffer is filled only in `wait`."""
+    """parallel.exchange.Exchange of one thread. Stricter than a network: what is sent must be contiguous, stay as it is until
+    `wait`, and match shape and dtype at the receiver, whose buffer is filled only in `wait`."""
 
     def __init__(self, rank: int, post: _Post) -> None:
         self.rank, self.size, self._post = rank, post.size, post
@@ -68,7 +68,7 @@ class _Delivery:
             except queue.Empty:
                 raise TimeoutError("nobody sent the parcel that this rank waits for") from None
             if parcel is None:
-                raise _Abandoned
+                raise _AbandonedError
             assert parcel.shape == buffer.shape, f"sent {tuple(parcel.shape)}, expected {tuple(buffer.shape)}"
             assert parcel.dtype == buffer.dtype, f"sent {parcel.dtype}, expected {buffer.dtype}"
             buffer.copy_(parcel)
@@ -77,7 +77,7 @@ class _Delivery:
         self._due, self._sent = [], []
 
 
-class _Abandoned(Exception):
+class _AbandonedError(Exception):
     """Another rank failed."""
 
 
@@ -108,7 +108,7 @@ def run_ring(ranks: int, work: Callable[[ThreadExchange], Result]) -> RingRun[Re
     for thread in threads:
         thread.join(4 * TIMEOUT)
         assert not thread.is_alive(), "a rank does not end"
-    for rank, error in sorted(failures.items(), key=lambda f: isinstance(f[1], _Abandoned)):
+    for rank, error in sorted(failures.items(), key=lambda f: isinstance(f[1], _AbandonedError)):
         error.add_note(f"on rank {rank} of {ranks}")
         raise error
     left = {pair: box.qsize() for pair, box in post.boxes.items() if box.qsize()}

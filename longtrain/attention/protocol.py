@@ -25,8 +25,8 @@ PLAIN = AttentionSpec()
 class Block:
     """One rectangle of (query, key) pairs: a band in local indices, documents, and where the rows and columns lie globally.
 
-    q_segments [B, Tq], k_segments [B, Tk]: int32, of any strides, or both None. Row i is global position q_start + stride * i, column j is
-    k_start + stride * j: ALiBi and dropout read these, so that they are the same in any ring.
+    q_segments [B, Tq], k_segments [B, Tk]: int32, of any strides, or both None. Row i is global position q_start + stride * i,
+    column j is k_start + stride * j: ALiBi and dropout read these, so that they are the same in any ring.
     """
 
     band: Band
@@ -149,5 +149,9 @@ class Attend(Protocol):
         *,
         keep: Keep | None = None,
     ) -> Tensor:
-        """Attention [B, Tq, H, Dv] of q's dtype. `keep`: the store of a recomputed block; the recomputation runs no kernel."""
+        """Attention [B, Tq, H, Dv] of q's dtype.
+
+        `keep`: the store of a recomputed block; the recomputation runs no kernel. A Keep serves one attention call, a second one
+        would recall the first one's result.
+        """
         ...

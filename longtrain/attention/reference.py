@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar, cast
+
 import torch
 from torch import Tensor
 
@@ -10,6 +14,21 @@ from longtrain.attention.mask import visible
 from longtrain.attention.merge import accumulator_dtype, add_, cast_like, merge_
 from longtrain.attention.protocol import Block, Grads, Needs, Partial
 from longtrain.attention.spec import AttentionSpec
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _without_autocast(method: Method) -> Method:
+    """Autocast would compute products of fp32 matrices in bf16."""
+
+    @wraps(method)
+    def run(kernel: ReferenceKernel, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.amp.is_autocast_available(x.device.type):
+            return method(kernel, x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            return method(kernel, x, *args, **kwargs)
+
+    return cast(Method, run)
 
 
 class ReferenceKernel:
@@ -20,6 +39,7 @@ class ReferenceKernel:
     def refuses(self, needs: Needs) -> list[str]:
         return []
 
+    @_without_autocast
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec, *, into: Partial | None = None
     ) -> Partial:
@@ -33,6 +53,7 @@ class ReferenceKernel:
         part = Partial(out, lse)
         return Partial(out.to(q.dtype), lse) if into is None else merge_(into, part)
 
+    @_without_autocast
     def backward(
         self,
         dout: Tensor,

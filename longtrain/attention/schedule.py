@@ -46,7 +46,7 @@ def plan_step(
     depend on global positions, so chunks are not glued together.
     """
     increasing = all(a.last < b.start for a, b in pairwise(qs))
-    if not positional and tuple(qs) == tuple(ks) and band == Band.causal() and increasing:
+    if not positional and len(qs) > 1 and tuple(qs) == tuple(ks) and band == Band.causal() and increasing:
         size = sum(c.length for c in qs)  # my own shard: local order is global order
         return (BlockPlan(0, size, 0, size, band, qs[0].start, ks[0].start, qs[0].stride),) if size else ()
     q_offsets = list(accumulate((c.length for c in qs), initial=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 
@@ -31,6 +32,8 @@ class AttentionSpec:
             raise ValueError(f"dropout {self.dropout} must be in [0, 1)")
         if self.dropout and self.dropout_seed is None:
             raise ValueError("dropout needs dropout_seed, int64 [B]")
+        if self.dropout_seed is not None and self.dropout_seed.dtype != torch.int64:
+            raise ValueError(f"dropout_seed is {self.dropout_seed.dtype}, must be int64 [B]")
         if self.alibi_slopes is not None and self.alibi_slopes.requires_grad:
             raise ValueError("alibi_slopes are constants, no kernel returns their gradient: detach them")
 

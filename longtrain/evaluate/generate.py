@@ -23,7 +23,9 @@ def generate(model: Decoder, prompt: list[int], tokens: int, *, temperature: flo
         if temperature == 0:
             chosen = int(logits.argmax())
         else:
-            chosen = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+            # at most 0, so that no temperature overflows
+            scaled = (logits - logits.max()).double() / temperature
+            chosen = int(torch.multinomial(torch.softmax(scaled, -1), 1, generator=generator))
         ids.append(chosen)
         if chosen == end:
             break

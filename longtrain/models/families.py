@@ -102,7 +102,7 @@ def family_of(config: ModelConfig) -> Family:
 def hugging_face_names(config: ModelConfig) -> dict[str, str]:
     """Hugging Face's name of every parameter of ours, in the order of the decoder; tied parameters once, as the embedding."""
     family = family_of(config)
-    names = {ours: family.names[ours] for ours in ("embedding.weight",)}
+    names = {"embedding.weight": family.names["embedding.weight"]}
     for i in range(config.layers):
         names |= {f"blocks.{i}.{ours}": f"{family.block_prefix}{i}.{theirs}" for ours, theirs in family.block_names.items()}
     names |= {ours: theirs for ours, theirs in family.names.items() if ours not in names}

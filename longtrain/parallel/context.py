@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,10 +103,15 @@ def create_context(grid: Grid, *, rank: int, local_rank: int, device: torch.devi
         if size == 1:
             return None
         # Every rank creates every group, in one order: new_group is a collective of the whole world.
-        groups = [dist.new_group(ranks, timeout=timeout) for ranks in members]
+        groups: list[Any] = [dist.new_group(ranks, timeout=timeout) for ranks in members]
         return next(group for ranks, group in zip(members, groups, strict=True) if rank in ranks)
 
     dp_rank, cp_rank = grid.place(rank)
+    cp_group = own_group([grid.cp_ranks(i) for i in range(grid.dp)], grid.cp)
+    dp_group = own_group([grid.dp_ranks(i) for i in range(grid.cp)], grid.dp)
+    if cp_group is not None:
+        # NCCL wants every rank in a group's first exchange, and a ring's first hop may be one that only some ranks need.
+        dist.all_reduce(torch.zeros(1, device=device), group=cp_group)
     return ParallelContext(
         rank=rank,
         world=grid.world,
@@ -114,8 +120,8 @@ def create_context(grid: Grid, *, rank: int, local_rank: int, device: torch.devi
         cp=grid.cp,
         dp_rank=dp_rank,
         cp_rank=cp_rank,
-        cp_group=own_group([grid.cp_ranks(i) for i in range(grid.dp)], grid.cp),
-        dp_group=own_group([grid.dp_ranks(i) for i in range(grid.cp)], grid.dp),
+        cp_group=cp_group,
+        dp_group=dp_group,
         device=device,
         timeout=timeout,
     )

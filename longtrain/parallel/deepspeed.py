@@ -155,11 +155,11 @@ class Engine:
         self.accumulation = int(config["gradient_accumulation_steps"])
         self._micro = 0
         self._adam = torch.optim.AdamW(list(groups), lr=lr, betas=betas, eps=eps, fused=ctx.device.type == "cuda")
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=model, optimizer=self._adam, config=config, dist_init_required=False
-        )
+        # Any: what is read below are attributes of the one optimizer class that the stage makes, not of their common base.
+        made: tuple[Any, ...] = deepspeed.initialize(model=model, optimizer=self._adam, config=config, dist_init_required=False)
+        self._engine, self._zero = made[:2]
         # DeepSpeed's copy of the world group has torch's default timeout of 10 minutes under NCCL.
-        group = deepspeed.utils.groups._get_data_parallel_group()
+        group: Any = deepspeed.utils.groups._get_data_parallel_group()
         torch.distributed.distributed_c10d._set_pg_timeout(ctx.timeout, group)
 
     def train(self, mode: bool = True) -> None:

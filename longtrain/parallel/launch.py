@@ -109,10 +109,13 @@ def start(
     if place.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if launch.default_threads:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_world))
+            # macOS has no affinity.
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            torch.set_num_threads(max(1, cores // launch.local_world))
     else:
         torch.cuda.set_device(place)
-    store = dist.HashStore() if launch.world == 1 and rendezvous is None else None
+    alone = launch.world == 1 and rendezvous is None
+    store = dist.HashStore() if alone else None  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(
         # Host tensors travel by gloo also on GPU machines: token counts and checkpoints need no device.
         "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl",

@@ -33,8 +33,8 @@ from longtrain.parallel.exchange import Exchange, Parcel, Transfer
 class RingAttend:
     """The Attend of one rank of a ring: q, k, v are this rank's shards, the mask describes the whole sequence.
 
-    All ranks call it with shards of equal shape, cut by `layout.shard` from a sequence of padded length; a mask with segments may be
-    shorter than that, the rest is padding. A mask without segments says that no position is padding.
+    All ranks call it with shards of equal shape, cut by `layout.shard` from a sequence of padded length; a mask with segments may
+    be shorter than that, the rest is padding. A mask without segments says that no position is padding.
     """
 
     kernel: AttentionKernel

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from longtrain.models.activations import Activations, held_bytes
 from longtrain.plan.plan import Plan
+from longtrain.recipe.schema import Offload, ScheduleKind
 
 
 def describe(plan: Plan) -> list[tuple[str, str]]:
-    """(what, value) lines of a plan: ranks, shapes, tokens, parameters, kernels with their reasons."""
+    """(what, value) lines of a plan: ranks, shapes, tokens, parameters, memory, kernels with their reasons."""
     recipe, model, training = plan.recipe, plan.model, plan.recipe.training
     ring = f"cp {plan.cp} ({plan.layout} ring)" if plan.cp > 1 else "cp 1 (no ring)"
     padding = plan.padded_length - training.sequence_length
@@ -17,6 +18,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     lines = [
         ("recipe", recipe.name),
         ("run folder", recipe.run_folder),
+        ("data", recipe.data.path),
         ("ranks", f"{plan.world} on {plan.device}: dp {plan.dp} x {ring}"),
         (
             "model",
@@ -35,6 +37,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
             f"{plan.dp} dp x {training.micro_batch_size} a forward x {plan.accumulation} accumulated",
         ),
         ("steps", f"{training.steps:,} = {training.steps * plan.tokens_per_step:,} tokens"),
+        ("learning rate", _learning_rate(plan)),
         ("precision", f"{training.precision}, ZeRO stage {recipe.zero.stage}, optimizer offload {recipe.zero.offload}"),
         ("model state", f"about {state_bytes(plan) / 2**30:.3g} GiB on each rank (weights, gradients, master weights, moments)"),
         ("activations", f"{mode}: blocks hold about {held * model.layers / 2**30:.3g} GiB on each rank"),
@@ -45,13 +48,27 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
+def _learning_rate(plan: Plan) -> str:
+    schedule, peak = plan.recipe.schedule, plan.recipe.optimizer.lr
+    parts = [f"{schedule.kind}, peak {peak:g}"]
+    if schedule.warmup_steps:
+        parts.append(f"after {schedule.warmup_steps:,} steps of warmup")
+    if schedule.kind is not ScheduleKind.CONSTANT:
+        over = "" if schedule.decay_steps is None else f" over the last {schedule.decay_steps:,} steps"
+        parts.append(f"down to {peak * schedule.final_ratio:g}{over}")
+    return ", ".join(parts)
+
+
 def state_bytes(plan: Plan) -> float:
     """Bytes of model state on one rank: low-precision weights and gradients, fp32 master weights and two moments, as ZeRO shares
-    them; offloaded optimizer state is on the host and not counted."""
-    low = plan.dtype.itemsize
-    master = 0 if low == 4 and plan.recipe.zero.stage == 0 else 4
-    stage, world = plan.recipe.zero.stage, plan.world
-    optimizer = 0.0 if plan.recipe.zero.offload == "cpu" else (master + 8) / (world if stage >= 1 else 1)
-    gradients = low / (world if stage >= 2 else 1)
+    them. What offload moves to the host (optimizer state, and from stage 2 on the gradients) is not counted; neither are message
+    buffers and the copies of an optimizer step."""
+    low, stage, world = plan.dtype.itemsize, plan.recipe.zero.stage, plan.world
+    offloaded = plan.recipe.zero.offload is Offload.CPU
+    master = 0 if stage == 0 else 4  # stage 0 trains in fp32 only: the weights are the master
+    # sums over micro batches are kept in fp32 where the configuration says so
+    gradient = 4 if "data_types" in plan.deepspeed else low
+    optimizer = 0.0 if offloaded else (master + 8) / (world if stage >= 1 else 1)
+    gradients = 0.0 if offloaded and stage >= 2 else gradient / (world if stage >= 2 else 1)
     weights = low / (world if stage >= 3 else 1)
     return plan.parameters * (weights + gradients + optimizer)

@@ -104,17 +104,12 @@ def make_plan(recipe: Recipe, world: int, device: str) -> Plan:
     )
 
 
-def smallest_world(recipe: Recipe) -> int:
-    """The fewest ranks that the recipe runs on: what a dry run plans for when nobody says how many."""
-    return recipe.parallel.cp * (1 if recipe.parallel.dp == "auto" else recipe.parallel.dp)
-
-
 def _data_parallel(recipe: Recipe, world: int) -> int:
     dp, cp = recipe.parallel.dp, recipe.parallel.cp
     if dp == "auto":
         if world % cp:
             raise PlanError(
-                f"parallel.cp: {world} ranks are not a multiple of cp {cp}; start a multiple of {cp} "
+                f"parallel.cp: the number of ranks, {world}, is not a multiple of cp {cp}; start a multiple of {cp} "
                 f"(torchrun --nproc-per-node {-(-world // cp) * cp}) or change parallel.cp"
             )
         return world // cp

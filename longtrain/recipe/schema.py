@@ -325,6 +325,11 @@ class Recipe(Section):
         """Folder of the run, relative to the current directory."""
         return f"runs/{self.name}" if self.output is None else self.output
 
+    @property
+    def smallest_world(self) -> int:
+        """The fewest ranks that the recipe runs on."""
+        return self.parallel.cp * (1 if self.parallel.dp == "auto" else self.parallel.dp)
+
     def conflicts(self) -> Iterator[Conflict]:
         training, schedule, parallel = self.training, self.schedule, self.parallel
         if training.precision is not Precision.FP32 and self.zero.stage == 0:

@@ -19,10 +19,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,68 +29,20 @@ import longtrain
 from longtrain.errors import CheckpointError, LongtrainError
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import MOMENTS, Engine
+from longtrain.train.checkpoint_format import (
+    MANIFEST,
+    STATE,
+    FileEntry,
+    Manifest,
+    ParameterEntry,
+    TrainState,
+    read_manifest,
+    read_state,
+    write_json,
+)
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
-MANIFEST = "manifest.json"
-STATE = "state.json"
 KINDS = ("master", *MOMENTS)
-
-Parsed = TypeVar("Parsed", bound=BaseModel)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class TrainState(_Strict):
-    """Where training stands, beside weights and moments.
-
-    step: optimizer steps done. tokens: trained on so far. cursor: sequences consumed. recipe: its text. data: digest of what was
-    trained on. tracker: the id under which the experiment tracker continues the run. scaler and versions are filled in by `save`.
-    """
-
-    step: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    cursor: int = Field(ge=0)
-    recipe: str
-    data: str = ""
-    tracker: str | None = None
-    scaler: dict[str, int | float] | None = None
-    versions: dict[str, str] = {}
-
-    @property
-    def recipe_sha256(self) -> str:
-        """Digest by which a caller tells whether it resumes the same recipe."""
-        return hashlib.sha256(self.recipe.encode()).hexdigest()
-
-
-class FileEntry(_Strict):
-    """A file of a checkpoint."""
-
-    size: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class ParameterEntry(_Strict):
-    """A whole parameter; dtype is the one the model computes with, the ranges are always fp32."""
-
-    shape: list[int]
-    numel: int = Field(ge=0)
-    dtype: str
-    adam_step: int = Field(ge=0)
-
-
-class Manifest(_Strict):
-    """What a checkpoint consists of. `recipe_sha256` repeats the digest for readers that do not open state.json."""
-
-    format: Literal["longtrain-checkpoint"] = "longtrain-checkpoint"
-    version: Literal[1] = 1
-    step: int = Field(ge=0)
-    world: int = Field(ge=1)
-    stage: int = Field(ge=0, le=3)
-    recipe_sha256: str
-    files: dict[str, FileEntry]
-    parameters: dict[str, ParameterEntry]
 
 
 def save(folder: Path, engine: Engine, state: TrainState, keep: int) -> Path:
@@ -124,8 +75,8 @@ def save(folder: Path, engine: Engine, state: TrainState, keep: int) -> Path:
 
     def finish() -> None:
         if ctx.is_main:
-            files[STATE] = _write_json(temporary / STATE, state)
-            _write_json(temporary / MANIFEST, _describe(engine, state, files))
+            files[STATE] = write_json(temporary / STATE, state)
+            write_json(temporary / MANIFEST, _describe(engine, state, files))
             _publish(temporary, final)
             _prune(folder, keep, final)
 
@@ -202,20 +153,6 @@ def read_master(path: Path) -> Iterator[tuple[str, Tensor]]:
         yield name, whole.view(entry.shape)
 
 
-def read_manifest(step: Path) -> Manifest:
-    """The manifest of a step folder. Raises CheckpointError where it is missing, truncated or of something else."""
-    manifest = _parse(step / MANIFEST, Manifest)
-    foreign = [name for name in manifest.files if name != STATE and not re.fullmatch(r"rank-\d{5}\.safetensors", name)]
-    if foreign or STATE not in manifest.files:
-        raise CheckpointError(f"{step / MANIFEST}: field files is not that of a checkpoint: {', '.join(foreign) or 'no ' + STATE}")
-    return manifest
-
-
-def read_state(step: Path) -> TrainState:
-    """state.json of a step folder. Raises CheckpointError where it is missing, truncated or of something else."""
-    return _parse(step / STATE, TrainState)
-
-
 class _Pieces:
     """The ranges of all rank files of a checkpoint, as one address space per kind and parameter."""
 
@@ -232,7 +169,7 @@ class _Pieces:
     def _add(self, file: str) -> None:
         try:
             handle = self._files[file] = safe_open(self._step / file, framework="pt")
-            for key in handle.keys():  # noqa: SIM118: not a mapping
+            for key in handle.keys():  # noqa: SIM118 (not a mapping)
                 match = re.fullmatch(r"([a-z_]+)/(.+)@(\d+)", key)
                 if match is None:
                     raise CheckpointError(f"{self._step / file}: tensor {key!r} is not a range of a parameter")
@@ -323,15 +260,6 @@ def _write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> FileEnt
         return FileEntry(size=file.tell(), sha256=digest.hexdigest())
 
 
-def _write_json(path: Path, model: BaseModel) -> FileEntry:
-    data = (model.model_dump_json(indent=1) + "\n").encode()
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
 def _publish(temporary: Path, final: Path) -> None:
     """Make a finished folder appear under its name, on disk."""
     _sync_folder(temporary)
@@ -404,14 +332,3 @@ def _check_model(step: Path, manifest: Manifest, engine: Engine) -> None:
                 f"{step}: parameter {name} is {saved.get(name, 'absent')} in the checkpoint and "
                 f"{wanted.get(name, 'absent')} in the model: it is a checkpoint of another model"
             )
-
-
-def _parse(path: Path, kind: type[Parsed]) -> Parsed:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise CheckpointError(f"{path}: {field}: {first['msg']}; truncated, or not of this version of longtrain") from error

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from longtrain.data.manifest import read_manifest
+from longtrain.data.manifest import MANIFEST, Manifest, check_tokenizer, read_manifest
 from longtrain.data.tokenizer import Tokenizer
-from longtrain.errors import CheckpointError
+from longtrain.errors import CheckpointError, DataError
 from longtrain.kernels.local import LocalAttend
 from longtrain.kernels.memory_efficient import MemoryEfficientKernel
 from longtrain.models.decoder import Decoder
@@ -18,61 +19,84 @@ from longtrain.plan.plan import DTYPES, model_config
 from longtrain.recipe.load import parse_recipe
 from longtrain.recipe.schema import Precision, Recipe
 from longtrain.train import checkpoint
+from longtrain.train.checkpoint_format import TrainState, read_state
+from longtrain.train.checkpoint_format import read_manifest as read_checkpoint
 from longtrain.train.resume import CHECKPOINTS
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model on the CPU in fp32, with what belongs to it. world: the ranks that saved it."""
+    """A trained model on the CPU in fp32, with what belongs to it. step: optimizer steps done. world: the ranks that saved it."""
 
     checkpoint: Path
     recipe: Recipe
+    step: int
     world: int
     model: Decoder
     tokenizer: Tokenizer
 
 
-def export_checkpoint(run: Path, out: Path, dtype: str | None = None) -> Path:
+def export_checkpoint(run: Path, out: Path, dtype: Precision | None = None, *, data: Path | None = None) -> Path:
     """Writes the newest checkpoint of a run (or the one at that path) to the Hugging Face folder `out`, which must not exist.
 
-    dtype: fp32, bf16 or fp16; by default what the run computed in. One parameter is held at a time besides a shard. Raises
-    CheckpointError or DataError; nothing is left half-written.
+    dtype: of the weights; by default what the run computed in. data: the prepared data, for its tokenizer; by default where the run
+    read it. One parameter is held at a time besides a shard. Raises CheckpointError or DataError; nothing is left half-written.
     """
-    path = _find(run)
-    recipe = _recipe(path)
-    if dtype is not None and dtype not in list(Precision):
-        raise CheckpointError(f"--dtype {dtype} is not known: use {', '.join(Precision)}")
-    data = Path(recipe.data.path)
-    manifest = read_manifest(data)
-    write_folder(
-        out,
-        model_config(recipe),
-        checkpoint.read_master(path),
-        tokenizer_model=data / manifest.tokenizer.file,
-        bos=manifest.tokenizer.bos,
-        eos=manifest.tokenizer.eos,
-        dtype=DTYPES[recipe.training.precision if dtype is None else Precision(dtype)],
-    )
+    path = find_checkpoint(run)
+    state, recipe = _read(path)
+    folder, manifest = _data_of(path, state, recipe, data)
+    try:
+        write_folder(
+            out,
+            model_config(recipe),
+            checkpoint.read_master(path),
+            tokenizer_model=folder / manifest.tokenizer.file,
+            bos=manifest.tokenizer.bos,
+            eos=manifest.tokenizer.eos,
+            dtype=DTYPES[dtype or recipe.training.precision],
+        )
+    except SafetensorError as error:
+        raise CheckpointError(f"{out}: the weights cannot be written: {error}") from error
     return out
 
 
-def load_trained(run: Path) -> Trained:
-    """The model of the newest checkpoint of a run (or of the one at that path), for generating on the CPU."""
-    path = _find(run)
-    recipe = _recipe(path)
-    data = Path(recipe.data.path)
-    tokenizer = Tokenizer.load(data / read_manifest(data).tokenizer.file)
+def load_trained(run: Path, *, data: Path | None = None) -> Trained:
+    """The model of the newest checkpoint of a run (or of the one at that path), for generating on the CPU.
+
+    data: as in `export_checkpoint`. Raises CheckpointError or DataError.
+    """
+    path = find_checkpoint(run)
+    state, recipe = _read(path)
+    folder, manifest = _data_of(path, state, recipe, data)
     model = Decoder(model_config(recipe), LocalAttend(MemoryEfficientKernel()))
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in checkpoint.read_master(path):
             parameters[name].copy_(value)
-    return Trained(path, recipe, checkpoint.read_manifest(path).world, model, tokenizer)
+    tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
+    return Trained(path, recipe, state.step, read_checkpoint(path).world, model, tokenizer)
 
 
-def _find(run: Path) -> Path:
+def find_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run's folder, or the one at that path. Raises CheckpointError where there is none."""
     return checkpoint.resolve(run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run)
 
 
-def _recipe(path: Path) -> Recipe:
-    return parse_recipe(checkpoint.read_state(path).recipe, f"{path}/state.json")
+def _read(path: Path) -> tuple[TrainState, Recipe]:
+    state = read_state(path)
+    return state, parse_recipe(state.recipe, f"{path}/state.json")
+
+
+def _data_of(path: Path, state: TrainState, recipe: Recipe, moved: Path | None) -> tuple[Path, Manifest]:
+    """The prepared data that a checkpoint was trained on, and so its tokenizer. Raises DataError where it is not there."""
+    folder = Path(recipe.data.path) if moved is None else moved
+    if not (folder / MANIFEST).is_file():
+        raise DataError(f"{folder}: the data of {path}, and its tokenizer, is not here; say where it is with --data FOLDER")
+    manifest = read_manifest(folder)
+    if manifest.fingerprint("train") != state.data:
+        raise DataError(
+            f"{folder}: is not the data that {path} was trained on (other tokens, documents or tokenizer); "
+            "name that with --data FOLDER"
+        )
+    check_tokenizer(folder, manifest)
+    return folder, manifest

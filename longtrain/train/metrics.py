@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from longtrain.models.flops import Flops
 
 @dataclass(frozen=True)
 class Metrics:
-    """One line of metrics.jsonl.
+    """One line of metrics.jsonl, where a number that is not finite is null.
 
     step: optimizer steps done. loss: mean over the trainable tokens of the step, natural logarithm. eval_loss: the same over
     held-out text, null in steps without evaluation. grad_norm: before clipping. tokens: trained on since the start of the run.
@@ -46,4 +47,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """The high-water mark of this process: allocated by torch on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from longtrain.errors import CheckpointError
 from longtrain.train.metrics import Metrics
 
 METRICS_FILE = "metrics.jsonl"
+_KEYS = {field.name for field in fields(Metrics)}
 
 
 class Tracker(Protocol):
@@ -44,7 +47,9 @@ class JsonLines:
         self._file = path.open("a")
 
     def log(self, metrics: Metrics) -> None:
-        self._file.write(json.dumps(asdict(metrics)) + "\n")
+        # JSON has no nan and no infinity
+        row = {key: value if value is None or math.isfinite(value) else None for key, value in asdict(metrics).items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 
     def say(self, text: str) -> None:
@@ -62,25 +67,24 @@ class Terminal:
         self._steps = steps
         self._progress: Progress | None = None
         if console.is_terminal:
+            # together less than 80 columns: rich cuts what does not fit
             columns = (
-                TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(),
+                BarColumn(bar_width=10),
                 TextColumn("{task.description}"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(compact=True),
             )
             self._progress = Progress(*columns, console=console)
             self._task = self._progress.add_task("", total=steps, completed=done)
             self._progress.start()
 
     def log(self, metrics: Metrics) -> None:
-        line = summary(metrics)
         if self._progress is None:
-            self._console.print(f"step {metrics.step}/{self._steps}  {line}", highlight=False, soft_wrap=True)
+            self.say(f"step {metrics.step}/{self._steps}  {summary(metrics)}")
             return
-        self._progress.update(self._task, completed=metrics.step, description=line)
+        self._progress.update(self._task, completed=metrics.step, description=short_summary(metrics))
         if metrics.eval_loss is not None:
-            self._console.print(f"step {metrics.step}: held-out loss {metrics.eval_loss:.4f}, training loss {metrics.loss:.4f}")
+            self.say(f"step {metrics.step}  {summary(metrics)}")
 
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
@@ -122,12 +126,27 @@ def summary(metrics: Metrics) -> str:
     return "  ".join([*parts, f"{metrics.memory_gib:.1f} GiB"])
 
 
+def short_summary(metrics: Metrics) -> str:
+    """Short enough to stand beside a progress bar on 80 columns."""
+    parts = [f"loss {metrics.loss:.4f}", f"{metrics.tokens_per_second:,.0f} tokens/s"]
+    return "  ".join(parts if metrics.mfu_causal is None else [*parts, f"MFU {metrics.mfu_causal:.1%}"])
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The reports of a run so far; nothing where there is no file. A torn last line is left out."""
+    """The reports of a run so far, keys as in `Metrics`; nothing where there is no file. A torn last line is left out.
+
+    Raises CheckpointError where another line is no report.
+    """
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            row = None
+        if not isinstance(row, dict) or not row.keys() >= _KEYS:
+            raise CheckpointError(f"{path}:{number}: is no report of a run; the file is damaged or foreign, move it away")
+        rows.append(row)
     return rows

@@ -89,7 +89,9 @@ def test_rows_that_see_nothing() -> None:
     assert (got.pop("lse") == -torch.inf).all()
     assert not any(x.any() for x in got.values())
     bias = torch.zeros(24, 24).index_fill(0, torch.tensor([3]), -torch.inf)
-    got = results(LocalAttend(KERNEL).with_lse, t[:3], AttentionMask(Band.causal()), AttentionSpec(bias=bias.requires_grad_()), t.dout)
+    got = results(
+        LocalAttend(KERNEL).with_lse, t[:3], AttentionMask(Band.causal()), AttentionSpec(bias=bias.requires_grad_()), t.dout
+    )
     assert not any(x.isnan().any() for x in got.values())
     assert (got["out"][:, 3] == 0).all()
 
@@ -139,6 +141,19 @@ def test_positions_are_global() -> None:
     torch.testing.assert_close(parts, Partial(whole.out[:, rows], whole.lse[:, :, rows]), rtol=0, atol=1e-12)
 
 
+def test_autocast_does_not_reach_the_kernel() -> None:
+    t = EVERYTHING.tensors(torch.float32)
+    plain = results(LocalAttend(KERNEL).with_lse, t[:3], t.mask, t.spec, t.dout, t.dlse)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = results(LocalAttend(KERNEL).with_lse, t[:3], t.mask, t.spec, t.dout, t.dlse)
+    assert all(torch.equal(plain[name], cast[name]) for name in plain)
+
+
+def test_shapes_alone_on_the_meta_device() -> None:
+    q = torch.empty(1, 4, 2, 8, device="meta")
+    assert LocalAttend(KERNEL)(q, q, q[..., :3], AttentionMask(Band.causal())).shape == (1, 4, 2, 3)
+
+
 def test_heads_must_divide() -> None:
     q, k = torch.randn(1, 4, 3, 2), torch.randn(1, 4, 2, 2)
     with pytest.raises(RuntimeError, match="invalid for input of size"):
@@ -180,6 +195,7 @@ def test_a_bias_is_watched_and_freed_with_the_graph() -> None:
         ({"softcap": 0.0}, "softcap 0.0 must be above 0"),
         ({"dropout": 1.0}, "must be in"),
         ({"dropout": 0.1}, "needs dropout_seed"),
+        ({"dropout_seed": torch.zeros(2, dtype=torch.int32)}, "must be int64"),
         ({"alibi_slopes": torch.ones(2, requires_grad=True)}, "detach them"),
     ],
 )

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longtrain.attention import AttentionMask, Band, BlockPlan, SequenceLayout, ring_plan
+from longtrain.attention import AttentionMask, Band, BlockPlan, Chunk, SequenceLayout, plan_step, ring_plan
 from longtrain.kernels.registry import kinds_of
 from tests.attention_cases import Documents, bands, boundaries, documents, segments
 
@@ -46,9 +46,7 @@ def test_blocks_hold_each_visible_pair_once(
 
 @settings(max_examples=100)
 @given(st.sampled_from(SequenceLayout), st.integers(1, 5), bands(), st.integers(1, 30), st.integers(1, 30), st.booleans())
-def test_other_numbers_of_keys(
-    layout: SequenceLayout, ranks: int, band: Band, queries: int, keys: int, positional: bool
-) -> None:
+def test_other_numbers_of_keys(layout: SequenceLayout, ranks: int, band: Band, queries: int, keys: int, positional: bool) -> None:
     queries, keys = layout.padded_length(queries, ranks), layout.padded_length(keys, ranks)
     plan = ring_plan(layout, queries, keys, ranks, band, None, positional)
     everything = torch.ones(1, queries, keys, dtype=torch.bool)
@@ -78,6 +76,12 @@ def test_full_blocks_say_so_and_empty_ones_are_left_out(layout: SequenceLayout, 
             assert b.band == Band.full() or not dense.all() or b.band == Band.causal()
 
 
+def test_only_neighbours_are_glued() -> None:
+    queries = (Chunk(100, 4),)
+    blocks = plan_step(queries, (Chunk(0, 2), Chunk(50, 3), Chunk(200, 5), Chunk(10, 1)), Band.causal())
+    assert [(b.k0, b.k1, b.band) for b in blocks] == [(0, 5, Band.full()), (10, 11, Band.full())]
+
+
 def calls(layout: SequenceLayout, ranks: int, band: Band, positional: bool = False) -> list[int]:
     plan = ring_plan(layout, 64 * ranks, 64 * ranks, ranks, band, None, positional)
     return [sum(len(blocks) for blocks in row) for row in plan]
@@ -91,11 +95,29 @@ def test_kernel_calls_per_rank() -> None:
         assert calls(striped, ranks, Band.causal()) == [ranks] * ranks
         for layout in SequenceLayout:
             assert calls(layout, ranks, Band.full()) == [ranks] * ranks
-    assert calls(zigzag, 4, Band.causal(), positional=True) == [9, 9, 9, 4]
+    assert calls(zigzag, 4, Band.causal(), positional=True) == [8, 8, 8, 4]
     # a window that reaches one shard back
     assert calls(contiguous, 4, Band.causal(64)) == [1, 2, 2, 2]
-    assert calls(zigzag, 4, Band.causal(64)) == [5, 6, 6, 3]
+    assert calls(zigzag, 4, Band.causal(64)) == [4, 5, 5, 3]
     assert calls(striped, 4, Band.causal(64)) == [4, 4, 4, 4]
+
+
+def work(layout: SequenceLayout, band: Band) -> list[float]:
+    """Visible pairs of ranks 0 to 3 of 4, in squares of a rank's shard."""
+    plan = ring_plan(layout, 1024, 1024, 4, band)
+    pairs = [sum(int(b.band.dense(b.q1 - b.q0, b.k1 - b.k0).sum()) for blocks in row for b in blocks) for row in plan]
+    return [p / 256**2 for p in pairs]
+
+
+def test_work_per_rank() -> None:
+    """The table of docs/attention.md."""
+    contiguous, zigzag, striped = SequenceLayout.CONTIGUOUS, SequenceLayout.ZIGZAG, SequenceLayout.STRIPED
+    assert work(contiguous, Band.causal()) == pytest.approx([0.5, 1.5, 2.5, 3.5], abs=0.01)
+    assert work(zigzag, Band.causal()) == pytest.approx([2] * 4, abs=0.01)
+    assert work(striped, Band.causal()) == pytest.approx([2] * 4, abs=0.01)
+    assert work(contiguous, Band.causal(256)) == pytest.approx([0.5, 1, 1, 1], abs=0.01)
+    assert work(zigzag, Band.causal(256)) == pytest.approx([0.625, 0.875, 1, 1], abs=0.01)
+    assert work(striped, Band.causal(256)) == pytest.approx([0.875] * 4, abs=0.01)
 
 
 @pytest.mark.parametrize("layout", SequenceLayout)

@@ -1,0 +1,109 @@
+"""The JSON files of a checkpoint: what they hold, and reading them with suspicion."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from longtrain.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TrainState(_Strict):
+    """Where training stands, beside weights and moments.
+
+    step: optimizer steps done. tokens: trained on so far. cursor: sequences consumed. recipe: its text. data: digest of what was
+    trained on. tracker: the id under which the experiment tracker continues the run. scaler and versions are filled in by `save`.
+    """
+
+    step: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    cursor: int = Field(ge=0)
+    recipe: str
+    data: str = ""
+    tracker: str | None = None
+    scaler: dict[str, int | float] | None = None
+    versions: dict[str, str] = {}
+
+    @property
+    def recipe_sha256(self) -> str:
+        """Digest by which a caller tells whether it resumes the same recipe."""
+        return hashlib.sha256(self.recipe.encode()).hexdigest()
+
+
+class FileEntry(_Strict):
+    """A file of a checkpoint."""
+
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class ParameterEntry(_Strict):
+    """A whole parameter; dtype is the one the model computes with, the ranges are always fp32."""
+
+    shape: list[int]
+    numel: int = Field(ge=0)
+    dtype: str
+    adam_step: int = Field(ge=0)
+
+
+class Manifest(_Strict):
+    """What a checkpoint consists of. `recipe_sha256` repeats the digest for readers that do not open state.json."""
+
+    format: Literal["longtrain-checkpoint"] = "longtrain-checkpoint"
+    version: Literal[1] = 1
+    step: int = Field(ge=0)
+    world: int = Field(ge=1)
+    stage: int = Field(ge=0, le=3)
+    recipe_sha256: str
+    files: dict[str, FileEntry]
+    parameters: dict[str, ParameterEntry]
+
+
+def read_manifest(step: Path) -> Manifest:
+    """The manifest of a step folder. Raises CheckpointError where it is missing, truncated or of something else."""
+    manifest = parse(step / MANIFEST, Manifest)
+    foreign = [name for name in manifest.files if name != STATE and not re.fullmatch(r"rank-\d{5}\.safetensors", name)]
+    if foreign or STATE not in manifest.files:
+        raise CheckpointError(f"{step / MANIFEST}: field files is not that of a checkpoint: {', '.join(foreign) or 'no ' + STATE}")
+    return manifest
+
+
+def read_state(step: Path) -> TrainState:
+    """state.json of a step folder. Raises CheckpointError where it is missing, truncated or of something else."""
+    return parse(step / STATE, TrainState)
+
+
+def write_json(path: Path, model: BaseModel) -> FileEntry:
+    """Write a file of a checkpoint to disk, and describe it."""
+    data = (model.model_dump_json(indent=1) + "\n").encode()
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def parse(path: Path, kind: type[Parsed]) -> Parsed:
+    """A JSON file as `kind`. Raises CheckpointError that names the file and the field."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise CheckpointError(f"{path}: {field}: {first['msg']}; truncated, or not of this version of longtrain") from error

@@ -1,0 +1,182 @@
+"""The command line as users meet it: what it says, what it leaves behind, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from longtrain.recipe.load import builtin_recipes
+from tests.user import CHECKPOINT, SCRIPT, STEPS, command, process, snapshot, train
+
+pytest_plugins = ("tests.desks",)
+
+
+@pytest.mark.usefixtures("trained")
+def test_trained_run_is_complete() -> None:
+    assert {path.name for path in Path("run").iterdir()} == {
+        "checkpoints",
+        "huggingface",
+        "loss.png",
+        "metrics.jsonl",
+        "recipe.yaml",
+    }
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert [row["eval_loss"] is not None for row in rows] == [False, True, True]
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
+
+
+@pytest.mark.usefixtures("trained")
+def test_finished_run_started_again_changes_nothing_learnt() -> None:
+    before = snapshot()
+    said = train()
+    assert said.code == 0
+    assert f"run is at step {STEPS} of {STEPS} already" in said.text
+    after = snapshot()
+    assert {name for name in before if before[name] != after.get(name)} <= {"run/loss.png"}
+    assert after.keys() == before.keys()
+
+
+@pytest.mark.usefixtures("trained")
+def test_longer_run_resumes_and_keeps_the_older_export() -> None:
+    before = snapshot(Path("run/huggingface"))
+    said = train("--set", "training.steps=4")
+    assert said.code == 0
+    assert f"resuming {CHECKPOINT} (step 3)" in said.text
+    assert "training.steps: 3 -> 4" in said.text
+    assert "step 4/4" in said.text
+    assert "step 3/4" not in said.text
+    assert "Hugging Face checkpoint: run/huggingface-step-00000004" in said.text
+    assert snapshot(Path("run/huggingface")) == before
+    assert "huggingface-step-00000004" in command("report", "run", "--tokens", "0").text
+
+
+@pytest.mark.usefixtures("fresh")
+def test_until_stops_with_a_checkpoint_and_the_report_says_how_to_go_on() -> None:
+    assert train("--until", "1").code == 0
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000001"]
+    assert not Path("run/huggingface").exists()
+    said = command("report", "run", "--tokens", "2")
+    assert said.code == 0
+    assert "torchrun --nproc-per-node 1 scripts/train.py --recipe run/recipe.yaml\n" in said.text
+
+
+@pytest.mark.usefixtures("trained")
+def test_report() -> None:
+    said = command("report", "run", "--tokens", "4", "--temperature", "0")
+    assert said.code == 0
+    for words in (
+        "steps            3, 384 tokens",
+        "training loss",
+        "held-out loss",
+        "tokens/s",
+        str(CHECKPOINT),
+        "run/huggingface",
+        "def ",
+    ):
+        assert words in said.text
+    assert "--recipe run/recipe.yaml --set training.steps=6" in said.text
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("gone", ["data", "run/checkpoints"])
+def test_report_stands_without_a_sample(gone: str) -> None:
+    shutil.rmtree(gone)
+    said = command("report", "run")
+    assert said.code == 0
+    assert "training loss" in said.text
+    assert "no sample: " in said.text
+
+
+@pytest.mark.usefixtures("trained")
+def test_moved_data_is_found_with_an_option() -> None:
+    Path("data").rename("elsewhere")
+    assert command("export", "run", "--out", "out", "--data", "elsewhere").text == "wrote out\n"
+    assert "sample:" in command("report", "run", "--tokens", "1", "--data", "elsewhere").text
+
+
+def test_recipes_lists_every_recipe() -> None:
+    said = command("recipes")
+    assert said.code == 0
+    lines = said.text.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(builtin_recipes())
+    assert all(len(line.rstrip()) > 40 for line in lines[1:])
+
+
+@pytest.mark.parametrize("recipe", builtin_recipes())
+def test_dry_run_needs_nothing(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = command("train", "--recipe", recipe, "--dry-run")
+    assert said.code == 0, said.text
+    for words in ("ranks", "parameters", "on each rank", "tokens: ", "kernel", "not reference", "learning rate"):
+        assert words in said.text
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_for_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = command("train", "--recipe", "llama-7b-32k", "--dry-run", "--ranks", "8", "--set", "device=cuda")
+    assert said.code == 0
+    assert "8 on cuda: dp 4 x cp 2 (zigzag ring)" in said.text
+    assert "6,738,415,616 parameters" in said.text
+    assert "32 sequences = 1,048,576 tokens: 4 dp x 1 a forward x 8 accumulated" in said.text
+
+
+@pytest.mark.usefixtures("fresh")
+def test_interrupt_says_where_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longtrain.train.loop.train_step", interrupted)
+    said = train()
+    assert said.code == 130
+    assert "interrupted; there is no checkpoint yet" in said.text
+
+
+@pytest.mark.usefixtures("fresh")
+def test_the_script_and_the_command_are_the_same() -> None:
+    arguments = ("--recipe", "recipe.yaml", "--dry-run", "--ranks", "2")
+    script = process(sys.executable, SCRIPT, *arguments)
+    installed = process(sys.executable, "-c", "from longtrain.cli import main; main()", "train", *arguments)
+    assert script.returncode == installed.returncode == 0, script.stderr + installed.stderr
+    assert script.stdout == installed.stdout
+    assert script.stderr == installed.stderr == ""
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import sys, longtrain.cli\n"
+        "sys.argv = ['longtrain', '--help']\n"
+        "try: longtrain.cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert not {'torch', 'deepspeed', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+    )
+    done = process(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def training(fresh: None) -> Iterator[subprocess.Popen[str]]:
+    """A run of its own process that will not end by itself."""
+    words = [sys.executable, SCRIPT, "--recipe", "recipe.yaml", "--set", "training.steps=1000000"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        yield started
+        started.kill()
+
+
+def test_ctrl_c(training: subprocess.Popen[str]) -> None:
+    assert training.stdout is not None
+    assert training.stderr is not None
+    assert any("saved" in line for line in training.stdout), "lines arrive while it trains, though nobody has a terminal"
+    training.send_signal(signal.SIGINT)
+    said = training.communicate(timeout=60)[1]
+    assert training.returncode == 130, said
+    assert "interrupted; the same command goes on from run/checkpoints/step-" in said
+    assert "Traceback" not in said

@@ -1,0 +1,333 @@
+"""What the command line refuses: one clear message, exit code 2, and everything as it was before."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import longtrain.cli
+from longtrain.attention.reference import ReferenceKernel
+from tests.user import CHECKPOINT, RECIPE, REPOSITORY, SCRIPT, command, process, snapshot, train
+
+pytest_plugins = ("tests.desks",)
+
+
+def nothing() -> None:
+    pass
+
+
+def rewrite(old: str, new: str) -> Callable[[], None]:
+    """Changes the recipe on the desk."""
+
+    def change() -> None:
+        assert old in RECIPE
+        Path("recipe.yaml").write_text(RECIPE.replace(old, new, 1))
+
+    return change
+
+
+def overwrite(path: str | Path, content: bytes) -> Callable[[], None]:
+    def change() -> None:
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_bytes(content)
+
+    return change
+
+
+def become_folder(path: str) -> Callable[[], None]:
+    def change() -> None:
+        Path(path).unlink()
+        Path(path).mkdir()
+
+    return change
+
+
+def cut(path: str | Path) -> Callable[[], None]:
+    def change() -> None:
+        Path(path).write_bytes(Path(path).read_bytes()[:-2])
+
+    return change
+
+
+def remove(path: str | Path) -> Callable[[], None]:
+    return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def flip(path: str | Path) -> Callable[[], None]:
+    """One bit in the middle of a file."""
+
+    def change() -> None:
+        content = bytearray(Path(path).read_bytes())
+        content[len(content) // 2] ^= 1
+        Path(path).write_bytes(content)
+
+    return change
+
+
+def other_data() -> None:
+    """Another tokenizer and other tokens, whole in themselves."""
+    from longtrain.data.prepare import prepare
+
+    Path("text").mkdir()
+    for number in range(20):
+        Path("text", f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
+    prepare("text", Path("data"), vocab_size=300, held_out=0.2, overwrite=True)
+    shutil.rmtree("text")
+
+
+def copy_run() -> None:
+    shutil.copytree("run", "elsewhere")
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A state of the desk, a command, and what its message must say."""
+
+    says: tuple[str, ...]
+    arguments: tuple[str, ...] = ()
+    prepare: Callable[[], None] = nothing
+
+
+def set_(*overrides: str) -> tuple[str, ...]:
+    return tuple(word for override in overrides for word in ("--set", override))
+
+
+TRAIN_REFUSALS = {
+    "unknown key": Refusal(("recipe.yaml:17: training.stepz: unknown key", "'steps'"), (), rewrite("steps:", "stepz:")),
+    "duplicate key": Refusal(
+        ("recipe.yaml:18: training.steps: key given twice", "line 17"), (), rewrite("  batch_size", "  steps: 4\n  batch_size")
+    ),
+    "mistyped value": Refusal(
+        ("recipe.yaml:17: training.steps: expected a whole number", "'ten'"), (), rewrite("steps: 3", "steps: ten")
+    ),
+    "no recipe file": Refusal(("recipe.yaml: no such file",), (), remove("recipe.yaml")),
+    "recipe is a folder": Refusal(("recipe.yaml: cannot be read",), (), become_folder("recipe.yaml")),
+    "set without =": Refusal(("--set training.steps: expected key.path=value",), set_("training.steps")),
+    "set unknown": Refusal(("--set training.stepz=4: unknown key; did you mean 'training.steps'?",), set_("training.stepz=4")),
+    "set twice": Refusal(("key given twice",), set_("seed=1", "seed=2")),
+    "ranks for cp": Refusal(
+        ("the number of ranks, 1, is not a multiple of cp 2", "torchrun --nproc-per-node 2"), set_("parallel.cp=2")
+    ),
+    "ranks for dp x cp": Refusal(
+        ("dp 2 x cp 2 needs 4 ranks, there are 1",), set_("parallel.dp=2", "parallel.cp=2", "training.micro_batch_size=1")
+    ),
+    "batch": Refusal(("training.batch_size", "multiple"), ("--dry-run", "--ranks", "4")),
+    "unknown kernel": Refusal(("attention.kernel", "'flash'", "memory_efficient"), set_("attention.kernel=flash")),
+    "no GPU": Refusal(("device cuda is wanted", "no CUDA GPU here"), set_("device=cuda")),
+    "bf16 at stage 0": Refusal(("stage 0 trains in fp32 only", "use stage 1"), set_("zero.stage=0", "training.precision=bf16")),
+    "fp16 on cpu": Refusal(("fp16 needs a GPU",), set_("training.precision=fp16")),
+    "fp16 on a machine without GPU": Refusal(("fp16 needs a GPU",), set_("training.precision=fp16", "device=auto")),
+    "minimal in a ring": Refusal(
+        ("training.activations: minimal", "use full"), ("--dry-run", *set_("parallel.cp=2", "training.activations=minimal"))
+    ),
+    "no data": Refusal(("data: no such data folder", "prepare_data.py"), (), remove("data")),
+    "no manifest": Refusal(("data: holds no manifest.json",), (), remove("data/manifest.json")),
+    "foreign manifest": Refusal(("data/manifest.json: is not a longtrain manifest",), (), overwrite("data/manifest.json", b"{}")),
+    "missing shard": Refusal(("data/train-00000.bin: cannot be read (No such file",), (), remove("data/train-00000.bin")),
+    "truncated shard": Refusal(("data/train-00000.bin: has", "truncated or foreign"), (), cut("data/train-00000.bin")),
+    "truncated index": Refusal(("data/train-00000.idx: has", "truncated or foreign"), (), cut("data/train-00000.idx")),
+    "foreign shard": Refusal(("data/heldout-00000.bin: has 5 bytes",), (), overwrite("data/heldout-00000.bin", b"12345")),
+    "other tokenizer": Refusal(("data/tokenizer.model: this tokenizer differs",), (), flip("data/tokenizer.model")),
+    "no tokenizer": Refusal(("data/tokenizer.model", "cannot be read"), (), remove("data/tokenizer.model")),
+    "vocabulary too small": Refusal(("model.vocab_size is 319", "set model.vocab_size to 320"), set_("model.vocab_size=319")),
+    "too little text": Refusal(
+        ("the split 'train' has", "fewer than one sequence of 100000"), set_("training.sequence_length=100000")
+    ),
+    "run folder is a file": Refusal(("the run's folder run cannot be made", "run is not a folder"), (), overwrite("run", b"")),
+    "run folder below a file": Refusal(("recipe.yaml is not a folder",), set_("output=recipe.yaml/a/b")),
+    "run folder where no folder can be": Refusal(("/proc/",), set_("output=/proc/longtrain/x")),
+    "foreign metrics": Refusal(("run/metrics.jsonl:1: is no report",), (), overwrite("run/metrics.jsonl", b"1\n2\n")),
+    "resume from nothing": Refusal(("nowhere: no whole checkpoint here",), ("--resume", "nowhere")),
+    "resume from a file": Refusal(("recipe.yaml: no whole checkpoint here",), ("--resume", "recipe.yaml")),
+    "ranks without dry run": Refusal(("--ranks goes with --dry-run",), ("--ranks", "1")),
+    "until 0": Refusal(("'--until'",), ("--until", "0")),
+    "until a word": Refusal(("'--until'",), ("--until", "soon")),
+    "unknown option": Refusal(("--stepz",), ("--stepz",)),
+}
+
+RESUME_REFUSALS = {
+    "other recipe": Refusal(
+        ("checkpoint of another recipe", "optimizer.lr: 0.01 in the checkpoint, 0.02 in this recipe"), set_("optimizer.lr=2e-2")
+    ),
+    "other model": Refusal(("model.hidden_size: 16 in the checkpoint",), set_("model.hidden_size=32")),
+    "other data": Refusal(("was trained on other data",), (), other_data),
+    "never": Refusal(("--resume never would write over",), ("--resume", "never")),
+    "from elsewhere": Refusal(
+        ("run/checkpoints: holds checkpoints already",),
+        ("--resume", "elsewhere"),
+        copy_run,
+    ),
+    "flipped bit": Refusal(
+        (str(CHECKPOINT / "rank-00000.safetensors"), "SHA-256"), (), flip(CHECKPOINT / "rank-00000.safetensors")
+    ),
+    "truncated weights": Refusal(("rank-00000.safetensors", "damaged"), (), cut(CHECKPOINT / "rank-00000.safetensors")),
+    "truncated state": Refusal(("state.json", "truncated"), (), cut(CHECKPOINT / "state.json")),
+    "truncated manifest": Refusal(("manifest.json", "truncated"), (), cut(CHECKPOINT / "manifest.json")),
+    "missing weights": Refusal(("rank-00000.safetensors: missing",), (), remove(CHECKPOINT / "rank-00000.safetensors")),
+}
+
+TOOL_REFUSALS = {
+    "no command": Refusal(("train", "recipes", "export", "report"), ()),
+    "unknown command": Refusal(("trian",), ("trian",)),
+    "train without recipe": Refusal(("--recipe",), ("train",)),
+    "unknown recipe": Refusal(
+        ("no built-in recipe 'lama-7b-32k'; did you mean 'llama-7b-32k'?",), ("train", "--recipe", "lama-7b-32k")
+    ),
+    "export without out": Refusal(("--out",), ("export", "run")),
+    "export of nothing": Refusal(("nowhere: no whole checkpoint here",), ("export", "nowhere", "--out", "out")),
+    "export of no checkpoints": Refusal(
+        ("no whole checkpoint here",), ("export", "run", "--out", "out"), remove("run/checkpoints")
+    ),
+    "export onto a folder": Refusal(("run exists; name a folder that does not",), ("export", "run", "--out", "run")),
+    "export onto a file": Refusal(("recipe.yaml exists",), ("export", "run", "--out", "recipe.yaml")),
+    "export below a file": Refusal(("recipe.yaml",), ("export", "run", "--out", "recipe.yaml/out")),
+    "export in no format": Refusal(("int8", "fp32", "bf16", "fp16"), ("export", "run", "--out", "out", "--dtype", "int8")),
+    "export without data": Refusal(("data: the data of", "--data FOLDER"), ("export", "run", "--out", "out"), remove("data")),
+    "export with other data": Refusal(("data: is not the data that",), ("export", "run", "--out", "out"), other_data),
+    "export with other tokenizer": Refusal(
+        ("tokenizer.model: this tokenizer differs",), ("export", "run", "--out", "out"), flip("data/tokenizer.model")
+    ),
+    "export of flipped bit": Refusal(
+        ("rank-00000.safetensors: SHA-256",), ("export", "run", "--out", "out"), flip(CHECKPOINT / "rank-00000.safetensors")
+    ),
+    "report of nothing": Refusal(("nowhere/metrics.jsonl: no reports there",), ("report", "nowhere")),
+    "report of an untrained run": Refusal(
+        ("run/metrics.jsonl: no reports there",), ("report", "run"), overwrite("run/metrics.jsonl", b"")
+    ),
+    "report of damaged metrics": Refusal(
+        ("run/metrics.jsonl:1: is no report",), ("report", "run"), overwrite("run/metrics.jsonl", b"loss 3\nloss 2\n")
+    ),
+    "report at no temperature": Refusal(("--temperature",), ("report", "run", "--temperature", "nan")),
+}
+
+
+def refused(case: Refusal, *arguments: str) -> None:
+    case.prepare()
+    before = snapshot()
+    said = command(*arguments, *case.arguments)
+    assert said.code == 2, said.text
+    for words in case.says:
+        assert words in said.text
+    assert snapshot() == before, "a refusal leaves everything as it was"
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("case", TRAIN_REFUSALS.values(), ids=TRAIN_REFUSALS)
+def test_train_refuses(case: Refusal) -> None:
+    refused(case, "train", "--recipe", "recipe.yaml")
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("case", RESUME_REFUSALS.values(), ids=RESUME_REFUSALS)
+def test_resume_refuses(case: Refusal) -> None:
+    refused(case, "train", "--recipe", "recipe.yaml", "--set", "training.steps=5")
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("case", TOOL_REFUSALS.values(), ids=TOOL_REFUSALS)
+def test_tools_refuse(case: Refusal) -> None:
+    refused(case)
+
+
+@pytest.mark.usefixtures("fresh")
+def test_kernel_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ReferenceKernel, "refuses", lambda self, needs: ["only does what it likes"])
+    case = Refusal(("attention.kernel: reference cannot do this: only does what it likes", "memory_efficient"))
+    refused(case, "train", "--recipe", "recipe.yaml", "--set", "attention.kernel=reference")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    refused(Refusal(("the environment has RANK but not WORLD_SIZE",)), "train", "--recipe", "recipe.yaml")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_unwritable_run_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the tests may run as root, to whom everything is writable
+    def denied(**_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(longtrain.cli.tempfile, "TemporaryFile", denied)
+    message = f"the run's folder run cannot be written: {Path.cwd()}: Permission denied"
+    refused(Refusal((message,)), "train", "--recipe", "recipe.yaml")
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.usefixtures("trained")
+def test_full_disk_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot(CHECKPOINT)
+    monkeypatch.setattr(os, "fsync", no_space)
+    said = train("--set", "training.steps=5")
+    assert said.code == 2
+    assert "No space left on device" in said.text
+    assert snapshot(CHECKPOINT) == before
+
+
+@pytest.mark.usefixtures("trained")
+def test_full_disk_while_exporting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", no_space)
+    refused(Refusal(("error: No space left on device",)), "export", "run", "--out", "out")
+
+
+@pytest.mark.usefixtures("fresh")
+def test_errors_that_are_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.ECONNREFUSED, "no disk is to blame")
+
+    monkeypatch.setattr(longtrain.cli, "load_recipe", broken)
+    with pytest.raises(OSError, match="no disk"):
+        train()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_refusal_of_a_real_process() -> None:
+    before = snapshot()
+    done = process(sys.executable, SCRIPT, "--recipe", "recipe.yaml", "--set", "training.stepz=4")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --set training.stepz=4: unknown key; did you mean 'training.steps'?\n"
+    assert snapshot() == before
+
+
+@pytest.mark.usefixtures("fresh")
+def test_empty_corpus() -> None:
+    Path("text").mkdir()
+    before = snapshot()
+    done = process(sys.executable, str(REPOSITORY / "scripts" / "prepare_data.py"), "--source", "text", "--out", "prepared")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert snapshot() == before
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (flip(CHECKPOINT / "rank-00000.safetensors"), "SHA-256 differs from the manifest"),
+        (lambda: Path("run/metrics.tmp").mkdir(), "error: run/metrics.tmp: Is a directory"),
+    ],
+    ids=["on both ranks", "on the main rank"],
+)
+def test_one_refusal_of_two_ranks(damage: Callable[[], None], says: str) -> None:
+    """What is found when both ranks are up: one of them says it, both end."""
+    damage()
+    weights = snapshot(Path("run/checkpoints"))
+    more = ("--set", "training.steps=5", "--set", "parallel.cp=2")
+    done = process(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, "--recipe", "recipe.yaml", *more)
+    assert done.returncode != 0
+    assert done.stderr.count(says) == 1, done.stderr
+    assert "exitcode  : 2 " in done.stderr, "what torchrun tells of the rank that refused"
+    assert "longtrain/" not in done.stderr, "a traceback of ours"
+    assert snapshot(Path("run/checkpoints")) == weights

@@ -1,0 +1,331 @@
+"""Every field of a recipe does something, every member of its enums is run, and the built-in recipes can be planned.
+
+A field is proven by training twice in this process, from recipes that differ in that field alone, and looking at what came of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longtrain.data.loader import held_out
+from longtrain.errors import LaunchError, LongtrainError
+from longtrain.evaluate.held_out import held_out_loss
+from longtrain.parallel import launch
+from longtrain.plan import make_plan
+from longtrain.recipe.explain import FIELDS, dotted, is_section
+from longtrain.recipe.load import builtin_recipes, dump_recipe, load_recipe, parse_recipe, recipe_hash
+from longtrain.recipe.schema import Recipe
+from longtrain.train.assemble import open_data
+from longtrain.train.checkpoint import read_master
+from longtrain.train.resume import CHECKPOINTS, choose
+from longtrain.train.run import run_training
+from longtrain.train.tracking import METRICS_FILE, read_metrics
+from tests.user import RECIPE, sit_at_desk
+
+# 4 steps, so that schedules can bend
+BASE = ("training.steps=4", "model.heads=4", "model.kv_heads=4", "schedule.kind=cosine")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What can be seen of a training run, apart from how long it took."""
+
+    steps: int
+    tokens: int
+    losses: tuple[tuple[int, float], ...]
+    held_out: tuple[tuple[int, float], ...]
+    rates: tuple[float, ...]
+    gradients: tuple[float, ...]
+    weights: str
+    checkpoints: tuple[str, ...]
+    folder: str
+    recipe: str
+
+
+def outcome(overrides: tuple[str, ...]) -> Outcome:
+    """Of a run on one rank, as `longtrain train` does it; the current folder is a desk."""
+    return train(dump_recipe(tiny(*overrides)))
+
+
+@functools.cache
+def train(text: str) -> Outcome:
+    recipe = parse_recipe(text, "tiny")
+    plan = make_plan(recipe, 1, "cpu")
+    split, unseen = open_data(plan)
+    start = choose(recipe, split, "auto")
+    try:
+        ctx = launch.start(launch.Launch(), device="cpu")
+        batches = held_out(unseen, recipe.evaluation.sequences, micro_batch_size=1, dp=1, dp_rank=0) if unseen else []
+        progress = run_training(
+            plan, ctx, split, start, until=None, evaluate=lambda run: held_out_loss(run.engine, run.plan, run.ctx, batches)
+        )
+    finally:
+        launch.stop()
+    folder = Path(recipe.run_folder)
+    rows = read_metrics(folder / METRICS_FILE)
+    digest = hashlib.sha256()
+    for name, value in read_master(folder / CHECKPOINTS):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return Outcome(
+        steps=progress.step,
+        tokens=progress.tokens,
+        losses=tuple((row["step"], row["loss"]) for row in rows),
+        held_out=tuple((row["step"], row["eval_loss"]) for row in rows if row["eval_loss"] is not None),
+        rates=tuple(row["lr"] for row in rows),
+        gradients=tuple(row["grad_norm"] for row in rows),
+        weights=digest.hexdigest(),
+        checkpoints=tuple(sorted(path.name for path in (folder / CHECKPOINTS).iterdir())),
+        folder=str(folder),
+        recipe=(folder / "recipe.yaml").read_text(),
+    )
+
+
+def tiny(*overrides: str) -> Recipe:
+    """The desk's recipe, with a run folder of its own unless `output` or `name` is set."""
+    given = {override.split("=")[0] for override in overrides}
+    base = [override for override in BASE if override.split("=")[0] not in given]
+    recipe = parse_recipe(RECIPE.replace("output: run\n", ""), "tiny", [*overrides, *base])
+    if given & {"output", "name"}:
+        return recipe
+    return recipe.model_copy(update={"output": f"runs/{recipe_hash(recipe)}"})
+
+
+Look = Callable[[Outcome], Any]
+
+
+def weights(seen: Outcome) -> object:
+    return seen.weights
+
+
+def losses(seen: Outcome) -> object:
+    return seen.losses
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Two values of a field (on top of `given`), and what differs in the outcome; `same`: what must not."""
+
+    values: tuple[str, str]
+    differs: Look = weights
+    same: Look = lambda seen: None
+    given: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Two values of a field, and what differs in what is decided before anything is built."""
+
+    values: tuple[str, str]
+    differs: Callable[[Recipe], Any]
+    given: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OneChoice:
+    """A field that holds nothing to choose yet; a second member needs a probe."""
+
+
+def planned(look: Callable[[Any], Any], world: int = 1, device: str = "cpu") -> Callable[[Recipe], Any]:
+    return lambda recipe: look(make_plan(recipe, world, device))
+
+
+def device_of(recipe: Recipe) -> str:
+    try:
+        return launch.resolve_device(recipe.device.value, launch.Launch()).type
+    except LaunchError as error:
+        return str(error)
+
+
+def ranks_or_refusal(recipe: Recipe) -> object:
+    try:
+        return make_plan(recipe, 4, "cpu").dp
+    except LongtrainError as error:
+        return str(error)
+
+
+PROBES: dict[str, Trained | Planned | OneChoice] = {
+    "name": Trained(("one", "two"), lambda seen: seen.folder, weights),
+    "seed": Trained(("0", "1")),
+    "device": Planned(("cpu", "cuda"), device_of),
+    "output": Trained(("here", "there"), lambda seen: seen.folder, weights),
+    "model.family": OneChoice(),
+    "model.vocab_size": Trained(("320", "330"), losses),
+    "model.hidden_size": Trained(("16", "24"), losses),
+    "model.layers": Trained(("2", "1"), losses),
+    "model.heads": Trained(("4", "2"), losses, given=("model.kv_heads=2",)),
+    "model.kv_heads": Trained(("null", "2"), losses),
+    "model.head_dim": Trained(("null", "8"), losses),
+    "model.intermediate_size": Trained(("24", "32"), losses),
+    "model.rope_theta": Trained(("1e4", "1e2"), losses),
+    "model.norm_eps": Trained(("1e-5", "1e-2"), losses),
+    "model.tied_embeddings": Trained(("false", "true"), losses),
+    "model.window": Trained(("null", "3"), losses),
+    "model.init_std": Trained(("0.3", "0.1"), losses),
+    "data.path": Trained(("data", "other"), losses),
+    "training.sequence_length": Trained(("32", "24"), lambda seen: (seen.tokens, seen.losses)),
+    "training.steps": Trained(("4", "2"), lambda seen: seen.steps),
+    "training.batch_size": Trained(("4", "2"), lambda seen: (seen.tokens, seen.losses)),
+    "training.micro_batch_size": Planned(("2", "4"), planned(lambda plan: plan.accumulation)),
+    "training.precision": Trained(("fp32", "bf16"), losses),
+    "training.activations": Planned(("none", "full"), lambda recipe: held(recipe)),
+    "attention.kernel": Planned(("memory_efficient", "reference"), planned(lambda plan: plan.kernel.kernel.name)),
+    "parallel.dp": Planned(("auto", "2"), ranks_or_refusal),
+    "parallel.cp": Planned(("1", "2"), planned(lambda plan: (plan.cp, plan.dp, plan.local_length), world=2)),
+    "parallel.layout": Planned(
+        ("zigzag", "striped"),
+        planned(lambda plan: [plan.layout.chunks(32, 2, rank) for rank in (0, 1)], world=2),
+        ("parallel.cp=2",),
+    ),
+    "optimizer.lr": Trained(("1e-2", "2e-2"), lambda seen: (seen.rates, seen.weights)),
+    "optimizer.betas": Trained(("[0.9, 0.95]", "[0.8, 0.95]")),
+    "optimizer.eps": Trained(("1e-8", "1e-2")),
+    "optimizer.weight_decay": Trained(("0.1", "0.0")),
+    "optimizer.grad_clip": Trained(("null", "1e-8")),
+    "schedule.kind": Trained(("cosine", "linear"), lambda seen: seen.rates),
+    "schedule.warmup_steps": Trained(("0", "2"), lambda seen: seen.rates),
+    "schedule.decay_steps": Trained(("1", "3"), lambda seen: seen.rates, given=("schedule.kind=wsd",)),
+    "schedule.final_ratio": Trained(("0.1", "0.5"), lambda seen: seen.rates),
+    "zero.stage": Planned(("1", "2"), planned(lambda plan: plan.deepspeed["zero_optimization"]["stage"])),
+    "zero.offload": Planned(("none", "cpu"), planned(lambda plan: plan.deepspeed["zero_optimization"])),
+    "checkpoint.every": Trained(("1", "3"), lambda seen: seen.checkpoints, weights, ("checkpoint.keep=9",)),
+    "checkpoint.keep": Trained(("1", "3"), lambda seen: seen.checkpoints, weights),
+    "evaluation.every": Trained(("null", "1"), lambda seen: seen.held_out, weights),
+    "evaluation.sequences": Trained(("1", "4"), lambda seen: seen.held_out, weights),
+    "tracking.every": Trained(("1", "3"), lambda seen: len(seen.losses), weights, ("evaluation.every=null",)),
+}
+
+
+def held(recipe: Recipe) -> int:
+    """Bytes that autograd holds after a forward of the model that the run builds."""
+    from longtrain.attention import AttentionMask, Band
+    from longtrain.models import Decoder, initialise
+    from longtrain.train.assemble import build_attend
+
+    plan = make_plan(recipe, 1, "cpu")
+    attend = build_attend(plan, None)  # type: ignore[arg-type]
+    model = Decoder(plan.model, attend, recipe.training.activations.value)
+    initialise(model, 0)
+    bytes_held = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal bytes_held
+        bytes_held += tensor.nbytes
+        return tensor
+
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(tokens, torch.arange(32)[None], AttentionMask(Band.causal()), tokens)
+    return bytes_held
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("desk")
+        sit_at_desk(root, patch)
+        write_other_data(root / "other")
+        yield
+
+
+def write_other_data(out: Path) -> None:
+    from longtrain.data.prepare import prepare
+
+    text = out.with_name("text")
+    text.mkdir()
+    for number in range(20):
+        (text / f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
+    prepare(str(text), out, vocab_size=300, held_out=0.2)
+
+
+FIELD_NAMES = [dotted(path) for path in FIELDS if not is_section(path)]
+
+
+def test_every_field_has_a_probe() -> None:
+    assert list(PROBES) == FIELD_NAMES, "a new field needs a probe that shows what it does"
+
+
+@pytest.mark.parametrize("field", FIELD_NAMES)
+def test_field_changes_something(field: str) -> None:
+    probe = PROBES[field]
+    if isinstance(probe, OneChoice):
+        assert len([choice for name, choice in MEMBERS if name == field]) == 1
+        return
+    before, after = ((*probe.given, f"{field}={value}") for value in probe.values)
+    if isinstance(probe, Planned):
+        assert probe.differs(tiny(*before)) != probe.differs(tiny(*after))
+        return
+    assert probe.differs(outcome(before)) != probe.differs(outcome(after))
+    assert probe.same(outcome(before)) == probe.same(outcome(after))
+    assert f"{field.split('.')[-1]}:" in outcome(after).recipe, "the run folder says what was trained"
+
+
+def choices(annotation: Any) -> list[str]:
+    """The values of a field that can be counted: members of an enum, of a Literal, truth values."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return [choice for argument in arguments for choice in choices(argument)]
+    if origin is typing.Literal:
+        return [str(argument) for argument in arguments]
+    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
+        return [member.value for member in annotation]
+    return {bool: ["false", "true"], types.NoneType: ["null"]}.get(annotation, [])
+
+
+MEMBERS = [
+    (name, choice) for path, name in zip(FIELDS, map(dotted, FIELDS), strict=True) for choice in choices(FIELDS[path].annotation)
+]
+MEMBERS += [("zero.stage", str(stage)) for stage in range(4)]
+
+# what else a member needs to be accepted
+WITH = {("schedule.kind", "wsd"): ("schedule.decay_steps=2",)}
+# what a CPU cannot train, and can plan for a GPU
+ON_GPU = {("device", "cuda"): (), ("training.precision", "fp16"): ("device=cuda",)}
+
+
+@pytest.mark.parametrize(("field", "value"), MEMBERS, ids=[f"{name}={value}" for name, value in MEMBERS])
+def test_every_member_runs(field: str, value: str) -> None:
+    given = WITH.get((field, value), ())
+    if (field, value) in ON_GPU:
+        plan = make_plan(tiny(*ON_GPU[field, value], f"{field}={value}"), 1, "cuda")
+        assert plan.device == "cuda"
+        return
+    seen = outcome((*given, f"{field}={value}"))
+    assert seen.steps == 4
+    assert all(abs(loss) < 20 for _, loss in seen.losses)
+
+
+@pytest.mark.parametrize("layout", [choice for name, choice in MEMBERS if name == "parallel.layout"])
+def test_layouts_in_a_ring_are_planned(layout: str) -> None:
+    plan = make_plan(tiny("parallel.cp=4", f"parallel.layout={layout}"), 4, "cpu")
+    held_positions = sorted(
+        p
+        for rank in range(4)
+        for c in plan.layout.chunks(32, 4, rank)
+        for p in range(c.start, c.start + c.length * c.stride, c.stride)
+    )
+    assert held_positions == list(range(32))
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_builtin_recipe(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name, "the run folder is called like the recipe"
+    assert builtin_recipes()[name].read_text().startswith("# "), "`longtrain recipes` shows the first line"
+    assert parse_recipe(dump_recipe(recipe), name) == recipe
+    devices = ("cpu", "cuda") if recipe.device == "auto" else (recipe.device.value,)
+    for device in devices:
+        plan = make_plan(recipe, recipe.smallest_world, device)
+        assert plan.parameters > 0
+        assert json.dumps(plan.deepspeed)

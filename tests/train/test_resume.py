@@ -1,0 +1,245 @@
+"""Resuming is invisible: 10 steps are, bit for bit, 5 steps, a new process, and 5 more. Through the code that users run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longtrain.data.loader import Loader, held_out
+from longtrain.errors import CheckpointError
+from longtrain.evaluate.held_out import held_out_loss
+from longtrain.parallel.context import ParallelContext
+from longtrain.parallel.deepspeed import MOMENTS
+from longtrain.plan import make_plan
+from longtrain.train import assemble as assembly
+from longtrain.train.assemble import open_data
+from longtrain.train.checkpoint import read_state
+from longtrain.train.resume import Start, choose
+from longtrain.train.run import run_training
+from longtrain.train.state import Progress
+from longtrain.train.tracking import METRICS_FILE, read_metrics
+from tests.distributed import run_ranks
+from tests.tiny import tiny_recipe, write_corpus
+
+STEPS, HALF, BATCH = 10, 5, 4
+TIMES = {"tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "memory_gib"}
+DROPS = ("moments", "adam_steps", "data")
+
+
+def overrides(folder: Path, run: str, *more: str, data: Path | None = None) -> list[str]:
+    """One recipe for every run of a folder but for where it is written."""
+    own = [f"data.path={data or folder / 'data'}", f"output={folder / run}", "checkpoint.every=3", "evaluation.every=4"]
+    return [*own, "schedule.warmup_steps=3", "optimizer.grad_clip=0.5", *more]
+
+
+@contextmanager
+def dropped(what: str | None) -> Iterator[None]:
+    """A restore that forgets something."""
+    with pytest.MonkeyPatch.context() as patch:
+        restore, step = assembly.restore, Loader.step
+
+        def forgetful(engine: Any, start: Path) -> Progress:
+            progress = restore(engine, start)
+            for piece in engine.owned_ranges():
+                if what == "moments":
+                    for moment in MOMENTS:
+                        piece.tensors[moment].zero_()
+            if what == "adam_steps":
+                engine.set_adam_steps(dict.fromkeys(engine.parameters(), 0))
+            return progress
+
+        patch.setattr(assembly, "restore", forgetful)
+        if what == "data":
+            patch.setattr(Loader, "step", lambda self, number: step(self, number - HALF))
+        yield
+
+
+def _train(ctx: ParallelContext, arguments: Sequence[str], until: int | None, resume: str, drop: str | None) -> dict[str, Any]:
+    recipe = tiny_recipe(*arguments)
+    plan = make_plan(recipe, ctx.world, "cpu")
+    split, unseen = open_data(plan)
+    start = choose(recipe, split, resume)
+    assert unseen is not None
+    batches = held_out(unseen, 3, micro_batch_size=1, dp=plan.dp, dp_rank=ctx.dp_rank)
+    read, order = split.sequence, []
+
+    def recorded(index: int) -> Any:
+        order.append(index)
+        return read(index)
+
+    split.sequence = recorded  # type: ignore[method-assign]
+    said = io.StringIO()
+    with redirect_stdout(said), dropped(drop):
+        progress = run_training(
+            plan, ctx, split, start, until=until, evaluate=lambda run: held_out_loss(run.engine, run.plan, run.ctx, batches)
+        )
+    return {"order": order, "said": said.getvalue(), "progress": progress}
+
+
+def _train_all(ctx: ParallelContext, runs: Sequence[tuple[Any, ...]]) -> list[dict[str, Any]]:
+    return [_train(ctx, *run) for run in runs]
+
+
+def checkpoint(folder: Path, run: str, step: int = STEPS) -> dict[str, bytes]:
+    """The files with what was learnt: master weights and moments of every rank."""
+    return {path.name: path.read_bytes() for path in (folder / run / f"checkpoints/step-{step:08d}").glob("rank-*")}
+
+
+def reports(folder: Path, run: str) -> list[dict[str, Any]]:
+    """All rows of a run, without what a clock or the machine decides."""
+    rows = read_metrics(folder / run / METRICS_FILE)
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("world", "cp", "sequences", "more"),
+    [
+        # 10 sequences: the fifth step ends an epoch, the third one spans two
+        (2, 2, 10, ["zero.stage=1", "training.micro_batch_size=2"]),
+        (1, 1, 7, ["zero.stage=0", "training.activations=full"]),
+    ],
+    ids=["2 ranks", "1 rank"],
+)
+def test_resuming_is_invisible(tmp_path: Path, world: int, cp: int, sequences: int, more: list[str]) -> None:
+    write_corpus(tmp_path / "data", sequences)
+    own = lambda run: overrides(tmp_path, run, f"parallel.cp={cp}", *more)  # noqa: E731
+    run_processes: Callable[[list[tuple[Any, ...]]], list[Any]] = lambda runs: run_ranks(_train_all, world, runs, cp=cp)  # noqa: E731
+
+    first = run_processes([(own("straight"), None, "never", None), (own("halves"), HALF, "auto", None)])
+    straight, begun = first[0]
+    half = tmp_path / "halves" / "checkpoints" / f"step-{HALF:08d}"
+    controls = [(own(f"without-{what}"), None, str(half), what) for what in DROPS]
+    second = run_processes([*controls, (own("elsewhere"), None, str(half), None), (own("halves"), None, "auto", None)])
+    *_, elsewhere, resumed = second[0]
+
+    assert straight["progress"] == resumed["progress"] == Progress(STEPS, STEPS * BATCH * 48, STEPS * BATCH)
+    # the loader reads one step ahead
+    assert straight["order"][: STEPS * BATCH] == begun["order"][: HALF * BATCH] + resumed["order"][: (STEPS - HALF) * BATCH]
+    assert len(set(straight["order"])) == sequences
+
+    true = checkpoint(tmp_path, "straight")
+    assert len(true) == world
+    assert checkpoint(tmp_path, "halves") == true
+    assert checkpoint(tmp_path, "elsewhere") == true
+    rows = reports(tmp_path, "straight")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    # until ended the first half, and a run evaluates at its end; the whole run had no reason to
+    assert reports(tmp_path, "halves") == [
+        row if row["step"] != HALF else row | {"eval_loss": reports(tmp_path, "halves")[HALF - 1]["eval_loss"]} for row in rows
+    ]
+    assert reports(tmp_path, "elsewhere") == rows[HALF:]
+    assert read_state(tmp_path / f"halves/checkpoints/step-{STEPS:08d}").cursor == STEPS * BATCH
+    assert f"resuming {half}" in resumed["said"]
+    assert f"resuming {half}" in elsewhere["said"]
+
+    for what in DROPS:
+        assert checkpoint(tmp_path, f"without-{what}") != true, f"the comparison must see that {what} was dropped"
+        assert reports(tmp_path, f"without-{what}") != rows[HALF:], what
+    assert second[0][DROPS.index("data")]["order"][:BATCH] == straight["order"][:BATCH]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, and a run of two steps in "run"."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_corpus(folder / "data", 7)
+    run_ranks(_train_all, 1, [(overrides(folder, "run"), 2, "auto", None)])
+    return folder
+
+
+def pick(folder: Path, run: str, resume: str, *more: str, data: Path | None = None) -> Start:
+    recipe = tiny_recipe(*overrides(folder, run, *more, data=data))
+    return choose(recipe, open_data(make_plan(recipe, 1, "cpu"))[0], resume)
+
+
+def test_never_refuses_to_write_over_a_run(trained: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"run/checkpoints: holds checkpoints .* --resume never would write over"):
+        pick(trained, "run", "never")
+    assert pick(trained, "new", "never").checkpoint is None
+    assert pick(trained, "new", "auto").checkpoint is None
+
+
+def test_auto_takes_the_newest_and_a_path_takes_that(trained: Path) -> None:
+    newest = trained / "run/checkpoints/step-00000002"
+    assert pick(trained, "run", "auto").checkpoint == newest
+    for path in (trained / "run", trained / "run/checkpoints", newest):
+        assert pick(trained, "new", str(path)).checkpoint == newest
+        assert pick(trained, "run", str(path)).checkpoint == newest
+    with pytest.raises(CheckpointError, match="no whole checkpoint here"):
+        pick(trained, "new", str(trained))
+
+
+def test_a_path_is_refused_where_another_run_lies(trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "elsewhere/checkpoints/step-00000002"
+    other.parent.mkdir(parents=True)
+    for path in (trained / "run/checkpoints/step-00000002").iterdir():
+        (other / path.name).parent.mkdir(exist_ok=True)
+        (other / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(CheckpointError, match="run/checkpoints: holds checkpoints already; to start from"):
+        pick(trained, "run", str(other))
+
+
+def test_another_recipe_is_refused_by_its_differences(trained: Path) -> None:
+    with pytest.raises(CheckpointError) as refusal:
+        pick(trained, "run", "auto", "optimizer.lr=0.5", "seed=3", "training.batch_size=8", "tracking.every=2")
+    message = str(refusal.value)
+    assert "step-00000002: is a checkpoint of another recipe:" in message
+    assert "optimizer.lr: 0.01 in the checkpoint, 0.5 in this recipe" in message
+    assert "seed: 0 in the checkpoint, 3 in this recipe" in message
+    assert "training.batch_size: 4 in the checkpoint, 8 in this recipe" in message
+    assert "tracking" not in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.rope_theta=500.0",
+        "model.window=9",
+        "training.sequence_length=24",
+        "training.precision=bf16",
+        "optimizer.weight_decay=0.0",
+        "optimizer.eps=1e-6",
+        "schedule.kind=linear",
+    ],
+)
+def test_whatever_decides_what_is_learnt_is_fixed(trained: Path, change: str) -> None:
+    with pytest.raises(CheckpointError, match=change.split("=")[0].replace(".", r"\.")):
+        pick(trained, "run", "auto", change)
+
+
+def test_what_may_change_is_told(trained: Path) -> None:
+    start = pick(trained, "run", "auto", "training.steps=20", "zero.stage=2", "parallel.layout=striped", "checkpoint.keep=1")
+    assert start.remarks[0] == f"resuming {trained}/run/checkpoints/step-00000002 (step 2)"
+    changed = "changed since that checkpoint: "
+    assert start.remarks[1:] == (
+        f"{changed}checkpoint.keep: 3 -> 1",
+        f"{changed}parallel.layout: zigzag -> striped",
+        f"{changed}training.steps: 10 -> 20",
+        f"{changed}zero.stage: 1 -> 2",
+    )
+    assert not pick(trained, "run", "auto").remarks[1:]
+
+
+def test_other_data_is_refused_and_moved_data_is_not(trained: Path, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "other", 7, seed=1)
+    write_corpus(tmp_path / "same", 7)
+    with pytest.raises(CheckpointError, match=r"was trained on other data than .*other"):
+        pick(trained, "run", "auto", data=tmp_path / "other")
+    remarks = pick(trained, "run", "auto", data=tmp_path / "same").remarks
+    assert [remark.split(":")[1].strip() for remark in remarks[1:]] == ["data.path"]
+
+
+def test_a_checkpoint_without_its_manifest_is_passed_over(trained: Path, tmp_path: Path) -> None:
+    source = trained / "run/checkpoints/step-00000002"
+    for step in (2, 9):
+        target = tmp_path / f"run/checkpoints/step-{step:08d}"
+        target.mkdir(parents=True)
+        for path in source.iterdir():
+            if step == 2 or path.name != "manifest.json":
+                (target / path.name).write_bytes(path.read_bytes())
+    assert pick(trained, str(tmp_path / "run"), "auto").checkpoint == tmp_path / "run/checkpoints/step-00000002"

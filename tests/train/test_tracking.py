@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from longtrain.errors import CheckpointError
+from longtrain.models.flops import Flops
+from longtrain.train.metrics import Metrics, peak_memory_gib, utilisation
+from longtrain.train.tracking import JsonLines, Terminal, Trackers, read_metrics, short_summary, summary
+
+REPORT = Metrics(
+    step=1,
+    loss=2.5,
+    eval_loss=None,
+    lr=1e-3,
+    grad_norm=0.5,
+    tokens=100,
+    tokens_per_second=2000.0,
+    tokens_per_second_per_rank=1000.0,
+    step_seconds=0.05,
+    mfu_causal=None,
+    mfu_full=None,
+    memory_gib=0.25,
+)
+
+
+def reports(count: int) -> list[Metrics]:
+    return [replace(REPORT, step=step, tokens=100 * step) for step in range(1, count + 1)]
+
+
+def test_json_lines_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path, 0)
+    for metrics in reports(3):
+        lines.log(metrics)
+        assert read_metrics(path)[-1] == asdict(metrics), "on disk as soon as it is reported"
+    lines.say("a remark is no report")
+    lines.close()
+    assert read_metrics(path) == [asdict(metrics) for metrics in reports(3)]
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = JsonLines(path, 0)
+    lines.log(replace(REPORT, loss=math.nan, grad_norm=math.inf))
+    lines.close()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    row = json.loads(path.read_text(), parse_constant=refuse)
+    assert (row["loss"], row["grad_norm"], row["lr"]) == (None, None, 1e-3)
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 4, "lo', b'{"step": 4}\xff\xfe'])
+def test_resume_drops_what_will_be_done_again_and_a_torn_line(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, 0)
+    for metrics in reports(3):
+        first.log(metrics)
+    first.close()
+    with path.open("ab") as file:
+        file.write(torn)
+    resumed = JsonLines(path, 2)
+    resumed.log(replace(REPORT, step=3, loss=9.0))
+    resumed.close()
+    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(1, 2.5), (2, 2.5), (3, 9.0)]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["no report\n{}\n", "{}\n", '{"step": 1}\n', "[1]\n", "3\n"])
+def test_foreign_metrics_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1: is no report of a run"):
+        read_metrics(path)
+
+
+def test_no_file_is_no_report(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def said(*, terminal: bool, width: int = 80) -> str:
+    stream = io.StringIO()
+    tracker = Terminal(Console(file=stream, force_terminal=terminal, width=width), steps=3, done=0)
+    for metrics in reports(2):
+        tracker.log(metrics)
+    tracker.log(replace(REPORT, step=3, eval_loss=2.25, loss=2.125))
+    tracker.say("saved [bold]somewhere[/bold] " + "far/" * 30)
+    tracker.close()
+    return stream.getvalue()
+
+
+def test_log_has_one_plain_line_a_report() -> None:
+    lines = said(terminal=False).splitlines()
+    assert [line.split("  ")[0] for line in lines[:3]] == ["step 1/3", "step 2/3", "step 3/3"]
+    assert "loss 2.1250  held-out 2.2500  lr 1.00e-03  grad 0.50  2,000 tokens/s  (1,000 a rank)  0.2 GiB" in lines[2]
+    assert lines[3] == "saved [bold]somewhere[/bold] " + "far/" * 30, "no markup, no line breaks"
+    assert "\x1b" not in "".join(lines)
+
+
+def test_terminal_has_a_bar_of_one_line() -> None:
+    text = said(terminal=True)
+    assert "3/3" in text
+    assert "loss 2.1250  2,000 tokens/s" in text
+    assert "…" not in text, "cut off on 80 columns"
+    assert "held-out 2.2500" in text
+    assert text.rstrip().endswith("\x1b[?25h"), "the cursor is back"
+
+
+def test_the_bar_of_a_long_run_fits_a_terminal() -> None:
+    stream = io.StringIO()
+    tracker = Terminal(Console(file=stream, force_terminal=True, width=80), steps=20_000, done=0)
+    tracker.log(replace(REPORT, step=12_345, loss=12.5, tokens_per_second=1_234_567.0, mfu_causal=0.421, mfu_full=0.587))
+    tracker.close()
+    assert "12345/20000" in stream.getvalue()
+    assert "loss 12.5000  1,234,567 tokens/s  MFU 42.1%" in stream.getvalue()
+    assert "…" not in stream.getvalue()
+
+
+def test_summaries() -> None:
+    measured = replace(REPORT, mfu_causal=0.421, mfu_full=0.587)
+    assert summary(measured).endswith("MFU 42.1% causal 58.7% full  0.2 GiB")
+    assert short_summary(measured) == "loss 2.5000  2,000 tokens/s  MFU 42.1%"
+    assert "a rank" not in summary(replace(REPORT, tokens_per_second_per_rank=2000.0))
+
+
+def test_trackers_reach_all_of_them() -> None:
+    heard: list[str] = []
+
+    class Recorder:
+        def log(self, metrics: Metrics) -> None:
+            heard.append(f"log {metrics.step}")
+
+        def say(self, text: str) -> None:
+            heard.append(f"say {text}")
+
+        def close(self) -> None:
+            heard.append("close")
+
+    trackers = Trackers([Recorder(), Recorder()])
+    trackers.log(REPORT)
+    trackers.say("x")
+    trackers.close()
+    assert heard == ["log 1", "log 1", "say x", "say x", "close", "close"]
+    Trackers().log(REPORT)
+
+
+def test_utilisation() -> None:
+    assert utilisation(Flops(causal=100, full=200), 2.0, 5, 10.0) == (1.0, 2.0)
+    assert utilisation(Flops(causal=100, full=200), 2.0, 5, None) == (None, None)
+
+
+def test_peak_memory_of_a_process() -> None:
+    held = torch.zeros(2**28, dtype=torch.uint8)  # 0.25 GiB
+    assert 0.25 < peak_memory_gib(held.device) < 64
