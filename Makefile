@@ -9,9 +9,9 @@ export OMP_NUM_THREADS ?= 1
 
 quickstart: $(VENV)/installed
 	test -e data/quickstart/manifest.json || \
-	  $(BIN)/python scripts/prepare_data.py --source stdlib --vocab-size 4096 --sequence-length 512 --out data/quickstart
-	$(TORCHRUN) scripts/train.py --recipe quickstart --until 100
-	@echo "--- stopped after 100 steps; the same command resumes ---"
+	  $(BIN)/python scripts/prepare_data.py --source stdlib --vocab-size 1024 --sequence-length 512 --out data/quickstart
+	$(TORCHRUN) scripts/train.py --recipe quickstart --until 150
+	@echo "--- stopped after 150 steps; the same command resumes ---"
 	$(TORCHRUN) scripts/train.py --recipe quickstart
 	$(BIN)/longtrain report runs/quickstart
 

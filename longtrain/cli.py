@@ -133,7 +133,7 @@ def report(
     with _refusals():
         if math.isnan(temperature):
             raise PlanError("--temperature nan: give a number of at least 0")
-        _report(run, data)
+        _report(run)
         if tokens:
             _sample(run, data, prompt, tokens, temperature)
 
@@ -250,7 +250,7 @@ def _newer(export: Path, checkpoint: Path) -> bool:
     return export.stat().st_mtime >= checkpoint.stat().st_mtime
 
 
-def _report(folder: Path, data: Path | None) -> None:
+def _report(folder: Path) -> None:
     from longtrain.evaluate.plot import LOSS_PLOT
     from longtrain.evaluate.report import summary
     from longtrain.train.checkpoint import find_latest
@@ -317,7 +317,7 @@ def _refusals() -> Iterator[None]:
     except Exception as error:
         message, rank = _refusal(error), _rank()
         if rank:
-            # Where all ranks refuse alike, or this one only lost its peers, rank 0 has said why, and torchrun ends this one meanwhile.
+            # where all ranks refuse alike, or this one only lost its peers: rank 0 says why, and torchrun ends this one meanwhile
             time.sleep(PATIENCE)
         if message is None:
             raise
@@ -326,7 +326,7 @@ def _refusals() -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str | None:
-    """What to tell of an error that is not ours: a refusal, or the file system's; None for all others."""
+    """What to tell of a refusal by us or by the file system; None for every other error, which keeps its traceback."""
     if isinstance(error, LongtrainError):
         return str(error)
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _FILE_ERRORS):

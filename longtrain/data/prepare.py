@@ -20,9 +20,10 @@ from rich.console import Console
 from longtrain.data.corpus import Corpus, Document, Skipped, find_corpus, find_stdlib, read_texts
 from longtrain.data.manifest import SPLITS, TOKENIZER, Manifest, Statistics, TokenizerEntry, token_dtype_name
 from longtrain.data.packed import context_share, context_warning
-from longtrain.data.shards import SplitWriter, check_target, whole_folder, write_durably, write_manifest
+from longtrain.data.shards import SplitWriter, check_target, whole_folder, write_manifest
 from longtrain.data.tokenizer import Tokenizer, sample_pieces, train_tokenizer
 from longtrain.errors import DataError, LongtrainError
+from longtrain.files import write_durably
 
 STDLIB = "stdlib"
 STDLIB_VOCAB = 4096

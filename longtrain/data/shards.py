@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from longtrain.data.manifest import MANIFEST, TOKENIZER, Manifest, Shard
 from longtrain.errors import DataError
+from longtrain.files import sync_file, sync_path, write_durably
 
 _OURS = re.compile(rf"{re.escape(MANIFEST)}|{re.escape(TOKENIZER)}|(train|heldout)-\d+\.(bin|idx)")
 
@@ -64,7 +65,8 @@ class SplitWriter:
     def _finish(self) -> None:
         assert self._file is not None
         name = f"{self._split}-{len(self.shards):05d}.bin"
-        _sync_and_close(self._file)
+        with self._file as file:
+            sync_file(file)
         self._file = None
         index = np.asarray(self._ends, dtype="<i8").tobytes()
         shard = Shard(
@@ -84,15 +86,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     temporary = folder / f"{MANIFEST}.tmp"
     write_durably(temporary, (manifest.model_dump_json(indent=2) + "\n").encode())
     temporary.rename(folder / MANIFEST)
-    _sync_folder(folder)
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a new file and wait until it is on the disk."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    sync_path(folder)
 
 
 def check_target(out: Path, overwrite: bool) -> None:
@@ -128,7 +122,7 @@ def whole_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _sync_folder(partial)
+        sync_path(partial)
         check_target(out, overwrite)
         _swap(partial, out, replaced)
     except BaseException:
@@ -147,18 +141,4 @@ def _swap(new: Path, out: Path, replaced: Path) -> None:
         if replaced.exists():
             replaced.rename(out)
         raise
-    _sync_folder(out.parent)
-
-
-def _sync_and_close(file: BinaryIO) -> None:
-    with file:
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(out.parent)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longtrain.errors import CheckpointError
+from longtrain.files import sync_path
 from longtrain.models.config import ModelConfig
 from longtrain.models.families import family_of, hugging_face_names, parameter_shapes
 from longtrain.models.tokenizer_json import tokenizer_files
@@ -65,9 +66,9 @@ def write_folder(
         for name, content in contents.items():
             (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for path in [*part.iterdir(), part]:
-            _to_disk(path)
+            sync_path(path)
         part.rename(whole)
-        _to_disk(whole.parent)
+        sync_path(whole.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -119,11 +120,3 @@ def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> dict[st
     """The bytes of every tensor written. The file is called by its number until the count is known."""
     save_file(shard, folder / str(number), metadata={"format": "pt"})
     return {name: tensor.nbytes for name, tensor in shard.items()}
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

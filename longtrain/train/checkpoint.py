@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ from torch import Tensor
 
 import longtrain
 from longtrain.errors import CheckpointError, LongtrainError
+from longtrain.files import sync_file, sync_path
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import MOMENTS, Engine
 from longtrain.train.checkpoint_format import (
@@ -255,19 +255,18 @@ def _write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> FileEnt
         put(text)
         for _, tensor in tensors:
             put(tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_file(file)
         return FileEntry(size=file.tell(), sha256=digest.hexdigest())
 
 
 def _publish(temporary: Path, final: Path) -> None:
     """Make a finished folder appear under its name, on disk."""
-    _sync_folder(temporary)
+    sync_path(temporary)
     if final.exists():
         # Saved before and now again, after a resume from an earlier step. A rename cannot replace a folder that is not empty.
         _delete(final)
     temporary.rename(final)
-    _sync_folder(final.parent)
+    sync_path(final.parent)
 
 
 def _prune(folder: Path, keep: int, written: Path) -> None:
@@ -282,14 +281,6 @@ def _delete(step: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
     step.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _complete(folder: Path) -> list[Path]:

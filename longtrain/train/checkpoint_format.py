@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -11,6 +10,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from longtrain.errors import CheckpointError
+from longtrain.files import write_durably
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -90,10 +90,7 @@ def read_state(step: Path) -> TrainState:
 def write_json(path: Path, model: BaseModel) -> FileEntry:
     """Write a file of a checkpoint to disk, and describe it."""
     data = (model.model_dump_json(indent=1) + "\n").encode()
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(path, data)
     return FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 

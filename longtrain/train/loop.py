@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from longtrain.plan import Plan
 from longtrain.plan.speed import peak_flops
 from longtrain.train.assemble import Run
 from longtrain.train.metrics import Metrics, peak_memory_gib, utilisation
@@ -21,7 +22,7 @@ Evaluate = Callable[[Run], float]
 def train(run: Run, *, until: int, evaluate: Evaluate | None = None) -> Progress:
     """Trains until `until` optimizer steps are done, saving as the recipe says and at the end.
 
-    All ranks call it. evaluate: injected by the command line, called where the recipe wants an evaluation.
+    All ranks call it. What is reported does not depend on where a run was stopped and resumed. evaluate: injected by the command line, called where the recipe wants an evaluation.
     """
     recipe, plan, ctx = run.plan.recipe, run.plan, run.ctx
     peak = peak_flops(torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu", plan.dtype)
@@ -29,21 +30,32 @@ def train(run: Run, *, until: int, evaluate: Evaluate | None = None) -> Progress
         step = run.progress.step
         lr = _learning_rate(run, step)
         begin = time.perf_counter()
-        outcome = train_step(run.engine, plan, ctx, run.loader.step(step), lr)
+        outcome = train_step(run.engine, plan, ctx, run.loader.step(run.progress.sequences // recipe.training.batch_size), lr)
         seconds = time.perf_counter() - begin
         run.progress = run.progress.after_step(recipe.training.batch_size, recipe.training.sequence_length)
         if outcome.skipped:
-            run.trackers.say(f"step {step + 1}: the loss scale was too large, the update was skipped and the scale is lower now")
+            run.trackers.say(f"step {step + 1}: {_skip_reason(plan)}; nothing was updated, on any rank")
         done = step + 1
-        last = done == until
+        final = done == recipe.training.steps
         eval_loss = None
-        if evaluate is not None and recipe.evaluation.every and (done % recipe.evaluation.every == 0 or last):
+        if evaluate is not None and _due(done, recipe.evaluation.every, final):
             eval_loss = evaluate(run)
-        if done % recipe.tracking.every == 0 or eval_loss is not None or last:
+        if done % recipe.tracking.every == 0 or eval_loss is not None or final:
             run.trackers.log(_metrics(run, outcome, eval_loss, lr, seconds, peak))
-        if done % recipe.checkpoint.every == 0 or last:
+        if done % recipe.checkpoint.every == 0 or done == until:
             run.save()
     return run.progress
+
+
+def _due(done: int, every: int | None, final: bool) -> bool:
+    """Whether to evaluate: also after the first step, to have a beginning to compare with and to fail early."""
+    return every is not None and (done % every == 0 or done == 1 or final)
+
+
+def _skip_reason(plan: Plan) -> str:
+    if plan.dtype == torch.float16:
+        return "the loss scale was too large and is lower now"
+    return "a gradient was not finite"
 
 
 def _learning_rate(run: Run, step: int) -> float:

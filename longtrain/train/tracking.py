@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from longtrain.errors import CheckpointError
+from longtrain.files import sync_file
 from longtrain.train.metrics import Metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -41,8 +41,7 @@ class JsonLines:
         fresh = path.with_suffix(".tmp")
         with fresh.open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
+            sync_file(file)
         fresh.replace(path)
         self._file = path.open("a")
 
