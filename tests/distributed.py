@@ -25,9 +25,15 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world: int, *args: Any, dp: int | None = None, cp: int = 1, timeout: float = 120.0
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    dp: int | None = None,
+    cp: int = 1,
+    timeout: float = 120.0,
+    device: str = "cpu",
 ) -> list[Any]:
-    """`function(ctx, *args)` on `world` CPU ranks; returns what each returned, in rank order.
+    """`function(ctx, *args)` on `world` ranks of one machine; returns what each returned, in rank order.
 
     function and args must be picklable, so the function stands at the top of its module; results are best plain data. Ranks meet
     through a file, so no port is taken. Raises RankError with the traceback of the first rank that failed; no process survives.
@@ -40,7 +46,7 @@ def run_ranks(
         processes, pipes = [], []
         for rank in range(world):
             receiver, sender = server.Pipe(duplex=False)
-            place = (rank, world, dp or world // cp, cp, f"file://{Path(folder).resolve()}/store", timeout)
+            place = (rank, world, dp or world // cp, cp, f"file://{Path(folder).resolve()}/store", timeout, device)
             process = server.Process(target=_rank, args=(sender, place, function, args), daemon=True)
             process.start()
             sender.close()
@@ -76,14 +82,14 @@ def _collect(pipes: Sequence[Connection], timeout: float) -> list[Any]:
 
 
 def _rank(sender: Connection, place: tuple[Any, ...], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    rank, world, dp, cp, rendezvous, timeout = place
+    rank, world, dp, cp, rendezvous, timeout, device = place
     threading.Thread(target=_die_with_parent, daemon=True).start()
     # A hang shows where it hangs before the parent gives up.
     faulthandler.dump_traceback_later(0.9 * timeout)
     torch.set_num_threads(1)
     try:
         launch = Launch(rank=rank, world=world, local_rank=rank, local_world=world)
-        ctx: ParallelContext = start(launch, dp=dp, cp=cp, device="cpu", rendezvous=rendezvous)
+        ctx: ParallelContext = start(launch, dp=dp, cp=cp, device=device, rendezvous=rendezvous)
         sender.send(("", function(ctx, *args)))
     except BaseException:
         sender.send((traceback.format_exc(), None))

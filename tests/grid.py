@@ -63,7 +63,7 @@ class Case:
     task: Task
     precision: str = "fp32"
 
-    def plan(self) -> Plan:
+    def plan(self, device: str = "cpu") -> Plan:
         overrides = {
             "parallel.cp": self.cp,
             "parallel.layout": self.layout,
@@ -74,7 +74,7 @@ class Case:
             "attention.kernel": self.kernel,
         }
         recipe = self.task.recipe(*(f"{key}={value}" for key, value in overrides.items()))
-        plan = make_plan(recipe, self.dp * self.cp, "cpu")
+        plan = make_plan(recipe, self.dp * self.cp, device)
         assert plan.accumulation == self.accumulation
         return plan
 
@@ -102,12 +102,12 @@ def deal(batch: Batch, case: Case, dp_rank: int) -> list[Batch]:
 
 def pieces_of(engine: Engine, kind: str) -> list[Piece]:
     """What this rank owns of one kind: (parameter, start, values)."""
-    return [(piece.name, piece.start, {kind: piece.tensors[kind].numpy().copy()}) for piece in engine.owned_ranges()]
+    return [(piece.name, piece.start, {kind: piece.tensors[kind].cpu().numpy().copy()}) for piece in engine.owned_ranges()]
 
 
 def train(ctx: ParallelContext, case: Case, steps: Sequence[Batch]) -> dict[str, Any]:
     """This rank's part: losses and norms of every step, `exp_avg` after the first and `master` weights after the last."""
-    plan = case.plan()
+    plan = case.plan(ctx.device.type)
     engine = make_engine(case, plan, ctx)
     losses, norms, moments = [], [], []
     for batch, rate in zip(steps, RATES, strict=False):

@@ -72,7 +72,10 @@ class PackedSplit:
         return self._length
 
     def sequence(self, index: int) -> PackedRow:
-        """Sequence `index` in [0, len): its rows of a Batch. A label is the next token of the same document, IGNORE at its end."""
+        """Sequence `index` in [0, len): its rows of a Batch. A label is the next token of the same document, IGNORE at its end.
+
+        Raises DataError where a token is outside the vocabulary: the shard was swapped or damaged after the manifest was written.
+        """
         if not 0 <= index < self._length:
             raise IndexError(f"sequence {index} of {self._length}")
         T = self.sequence_length
@@ -82,6 +85,11 @@ class PackedSplit:
         cuts = self._document_ends[first:last] - start
         goes_on = self._document_ends[last] > stop
         stream = self._read(start, stop + int(goes_on))
+        if (largest := int(stream.max())) >= self.manifest.tokenizer.vocab_size:
+            raise DataError(
+                f"{self.folder}: sequence {index} of {self.split!r} holds token {largest}, outside the vocabulary of "
+                f"{self.manifest.tokenizer.vocab_size}: a shard is foreign or damaged; copy or prepare the data again"
+            )
         labels = np.full(T, IGNORE, dtype=np.int64)
         labels[: stream.size - 1] = stream[1:]
         labels[cuts - 1] = IGNORE

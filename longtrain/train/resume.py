@@ -63,6 +63,7 @@ def choose(recipe: Recipe, split: PackedSplit, wanted: str) -> Start:
             )
     if path is None:
         return Start(None)
+    checkpoint.read_manifest(path)  # a folder of something else is refused as such
     state = checkpoint.read_state(path)
     changes = list(_changes(parse_recipe(state.recipe, f"{path}/state.json"), recipe))
     _refuse_other_run(path, changes)

@@ -55,6 +55,6 @@ def _headline(plan: Plan) -> str:
     recipe = plan.recipe
     return (
         f"{recipe.name}: {plan.parameters:,} parameters, {recipe.training.sequence_length:,} tokens a sequence, "
-        f"{plan.world} ranks (dp {plan.dp} x cp {plan.cp}) on {plan.device}, ZeRO stage {recipe.zero.stage}, "
+        f"{plan.world} rank{'s' if plan.world > 1 else ''} (dp {plan.dp} x cp {plan.cp}) on {plan.device}, ZeRO stage {recipe.zero.stage}, "
         f"{recipe.training.precision}, kernel {plan.kernel.kernel.name}, run folder {Path(recipe.run_folder)}"
     )

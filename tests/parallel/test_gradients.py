@@ -149,21 +149,21 @@ def _outcome(case: Case, ranks: Sequence[dict[str, Any]]) -> Outcome:
     return Outcome(ranks[0]["losses"], ranks[0]["norms"], whole([rank["master"] for rank in ranks], "master"), gradients)
 
 
-def check(case: Case, ranks: Sequence[dict[str, Any]]) -> None:
-    """fp32 within rounding of the truth; bf16 as a vector, and only as well as bf16 can be."""
+def check(case: Case, ranks: Sequence[dict[str, Any]], tolerance: float = TOLERANCE) -> None:
+    """fp32 within rounding of the truth; bf16 and fp16 as a vector, and only as well as they can be."""
     found, true = _outcome(case, ranks), truth(case.task)
-    low = case.precision == "bf16"
-    assert found.losses == pytest.approx(true.losses, rel=2e-2 if low else 1e-6), case
-    assert found.norms == pytest.approx(true.norms, rel=5e-2 if low else 1e-6), case
+    low = case.precision != "fp32"
+    assert found.losses == pytest.approx(true.losses, rel=2e-2 if low else tolerance), case
+    assert found.norms == pytest.approx(true.norms, rel=5e-2 if low else tolerance), case
     if low:
         for name, value in true.gradients.items():
             error = np.linalg.norm(found.gradients[name] - value)
             assert error <= 0.05 * np.linalg.norm(value), f"{case}: gradient of {name}"
         return
     ratio, name = worst(found.gradients, true.gradients)
-    assert ratio <= TOLERANCE, f"{case}: gradient of {name} is off by {ratio:.2e}"
+    assert ratio <= tolerance, f"{case}: gradient of {name} is off by {ratio:.2e}"
     ratio, name = worst(found.parameters, true.parameters)
-    assert ratio <= 10 * TOLERANCE, f"{case}: {name} is off by {ratio:.2e} after {len(RATES)} steps"
+    assert ratio <= 10 * tolerance, f"{case}: {name} is off by {ratio:.2e} after {len(RATES)} steps"
 
 
 BF16 = {
@@ -182,6 +182,20 @@ def test_gradients_loss_and_parameters_are_those_of_one_process(grids: list[tupl
     ranks = run_ranks(_train_all, world, todo, timeout=280)
     for index, case in enumerate(todo):
         check(case, [rank[index] for rank in ranks])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grids", [[(1, 1)], [(2, 1), (1, 2)]], ids=["world 1", "world 2"])
+def test_gradients_on_gpus(grids: list[tuple[int, int]]) -> None:
+    """The same over NCCL; cuBLAS sums in another order, so the bound is a little wider."""
+    world = grids[0][0] * grids[0][1]
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} GPUs")
+    low = [replace(case, precision=name) for case in BF16[2] if case.dp * case.cp == world for name in ("bf16", "fp16")]
+    todo = [case for grid in grids for case in cases(*grid)] + low
+    ranks = run_ranks(_train_all, world, todo, timeout=280, device="cuda")
+    for index, case in enumerate(todo):
+        check(case, [rank[index] for rank in ranks], 3 * TOLERANCE)
 
 
 def test_every_value_is_tried_with_every_stage() -> None:
