@@ -40,6 +40,8 @@ PATIENCE = 3.0  # seconds in which torchrun ends the ranks of a run that one of 
 
 # What the file system can say no with where the system call names no file.
 _FILE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG}
+# what gloo and NCCL say on the ranks that are left when one has gone
+_LOST_PEER = ("onnection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
 
 
 def _typer(help_text: str | None = None) -> typer.Typer:
@@ -138,6 +140,19 @@ def report(
             _sample(run, data, prompt, tokens, temperature)
 
 
+@app.command("check-data")
+def check_data(folder: Annotated[Path, typer.Argument(help="A prepared data folder.")]) -> None:
+    """Reads every byte of a prepared data folder and compares it with what was written."""
+    with _refusals():
+        from longtrain.data.packed import PackedSplit
+        from longtrain.train.assemble import HELD_OUT, TRAIN
+
+        for name in (TRAIN, HELD_OUT):
+            split = PackedSplit(folder, name, 1)
+            split.verify()
+            _say(f"{folder}: {name}: {split.documents:,} documents, {split.tokens:,} tokens: as they were written")
+
+
 def main() -> None:
     """The `longtrain` command."""
     app()
@@ -170,9 +185,9 @@ def _train(recipe: Recipe, resume: str, until: int | None) -> None:
     """What every rank can refuse by itself comes before the ranks meet; nothing is written before that."""
     from longtrain.parallel import launch
     from longtrain.plan import make_plan
-    from longtrain.train.assemble import open_data
+    from longtrain.train.assemble import open_data, verify_data
     from longtrain.train.resume import choose
-    from longtrain.train.run import run_training
+    from longtrain.train.run import facts_of, run_training
     from longtrain.train.tracking import METRICS_FILE, read_metrics
 
     started = launch.Launch.read()
@@ -183,16 +198,22 @@ def _train(recipe: Recipe, resume: str, until: int | None) -> None:
     _check_writable(folder)
     start = choose(recipe, split, resume)
     read_metrics(folder / METRICS_FILE)
+    splits = [split] if unseen is None else [split, unseen]
+    if started.local_rank == 0:
+        verify_data(splits)
+    failed = True
     try:
         ctx = launch.start(started, dp=plan.dp, cp=plan.cp, device=device.type)
+        launch.check_agreement(ctx, facts_of(plan, splits, start, until))
         evaluate = None if unseen is None else _evaluation(plan, ctx, unseen)
         progress = run_training(plan, ctx, split, start, until=until, evaluate=evaluate)
+        failed = False
     except KeyboardInterrupt:
         if started.rank == 0:
             _say_interrupted(folder)
         raise
     finally:
-        launch.stop()
+        launch.stop(failed)
     if started.rank == 0:
         _finish(recipe, complete=progress.step >= recipe.training.steps)
 
@@ -292,7 +313,10 @@ def _sample(folder: Path, data: Path | None, prompt: str, tokens: int, temperatu
 def _next_command(folder: Path, trained: Trained) -> str:
     from longtrain.train.run import RECIPE_FILE
 
-    words = ["torchrun", "--nproc-per-node", str(trained.world), "scripts/train.py", "--recipe", str(folder / RECIPE_FILE)]
+    torchrun = Path(sys.executable).with_name("torchrun")
+    inside = torchrun.exists() and torchrun.is_relative_to(Path.cwd())
+    command = str(torchrun.relative_to(Path.cwd())) if inside else "torchrun"
+    words = [command, "--nproc-per-node", str(trained.world), "scripts/train.py", "--recipe", str(folder / RECIPE_FILE)]
     if trained.step >= trained.recipe.training.steps:
         words += ["--set", f"training.steps={2 * trained.recipe.training.steps}"]
     return shlex.join(words)
@@ -331,6 +355,8 @@ def _refusal(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _FILE_ERRORS):
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    if isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _LOST_PEER):
+        return "another rank of this run has ended; what it printed says why"
     return None
 
 

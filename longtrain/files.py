@@ -1,10 +1,17 @@
-"""Writing files so that they are on the disk before anything depends on them."""
+"""Writing files so that they are on the disk before anything depends on them, and telling whether they are the same."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import IO
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_file(file: IO) -> None:
@@ -27,3 +34,11 @@ def write_durably(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         sync_file(file)
+
+
+def replace_durably(path: Path, content: bytes) -> None:
+    """Writes a whole file in the place of an older one: a reader, or a kill, finds either of them."""
+    fresh = path.with_name(f".{path.name}.tmp")
+    write_durably(fresh, content)
+    fresh.replace(path)
+    sync_path(path.parent)

@@ -29,7 +29,7 @@ def test_trained_run_is_complete() -> None:
     }
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
-    assert [row["eval_loss"] is not None for row in rows] == [False, True, True]
+    assert [row["eval_loss"] is not None for row in rows] == [True, True, True]
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-00000002", "step-00000003"]
 
 

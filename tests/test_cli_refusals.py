@@ -134,11 +134,23 @@ TRAIN_REFUSALS = {
     "truncated shard": Refusal(("data/train-00000.bin: has", "truncated or foreign"), (), cut("data/train-00000.bin")),
     "truncated index": Refusal(("data/train-00000.idx: has", "truncated or foreign"), (), cut("data/train-00000.idx")),
     "foreign shard": Refusal(("data/heldout-00000.bin: has 5 bytes",), (), overwrite("data/heldout-00000.bin", b"12345")),
+    "foreign shard of the right size": Refusal(
+        ("data/train-00000.bin: is not what was written",), (), flip("data/train-00000.bin")
+    ),
+    "foreign index of the right size": Refusal(
+        ("data/train-00000.idx: is no list of document ends",), (), flip("data/train-00000.idx")
+    ),
     "other tokenizer": Refusal(("data/tokenizer.model: this tokenizer differs",), (), flip("data/tokenizer.model")),
     "no tokenizer": Refusal(("data/tokenizer.model", "cannot be read"), (), remove("data/tokenizer.model")),
     "vocabulary too small": Refusal(("model.vocab_size is 319", "set model.vocab_size to 320"), set_("model.vocab_size=319")),
     "too little text": Refusal(
         ("the split 'train' has", "fewer than one sequence of 100000"), set_("training.sequence_length=100000")
+    ),
+    "batch larger than the data": Refusal(
+        ("training.batch_size: 1000 are wanted", "training sequences of 32 tokens", "or less"), set_("training.batch_size=1000")
+    ),
+    "more evaluation than data": Refusal(
+        ("evaluation.sequences: 1000 are wanted", "held-out sequences of 32 tokens", "or less"), set_("evaluation.sequences=1000")
     ),
     "run folder is a file": Refusal(("the run's folder run cannot be made", "run is not a folder"), (), overwrite("run", b"")),
     "run folder below a file": Refusal(("recipe.yaml is not a folder",), set_("output=recipe.yaml/a/b")),
@@ -160,7 +172,7 @@ RESUME_REFUSALS = {
     "other data": Refusal(("was trained on other data",), (), other_data),
     "never": Refusal(("--resume never would write over",), ("--resume", "never")),
     "from elsewhere": Refusal(
-        ("run/checkpoints: holds checkpoints already",),
+        ("run/checkpoints: holds checkpoints up to step-",),
         ("--resume", "elsewhere"),
         copy_run,
     ),

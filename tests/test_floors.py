@@ -1,4 +1,4 @@
-"""The floors of docs/architecture.md: imports go down only, siblings do not import each other, guarded modules stay where they are."""
+"""The floors of docs/architecture.md: imports go down only, never to a sibling, and guarded modules stay where they are."""
 
 from __future__ import annotations
 

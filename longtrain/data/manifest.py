@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from longtrain.errors import DataError
+from longtrain.files import sha256_of
 
 FORMAT = "longtrain-tokens"
 VERSION = 1
@@ -89,10 +90,10 @@ class Manifest(_Strict):
         """Type of a token on disk: little-endian uint16 or uint32."""
         return np.dtype(self.dtype).newbyteorder("<")
 
-    def fingerprint(self, split: Literal["train", "heldout"]) -> str:
+    def fingerprint(self, split: str) -> str:
         """SHA-256 over the digests of the tokenizer and of every file of a split: equal for equal tokens, wherever they lie."""
         digest = hashlib.sha256(self.tokenizer.sha256.encode())
-        for shard in self.splits[split]:
+        for shard in dict(self.splits)[split]:  # pyright: ignore[reportArgumentType]
             digest.update(f"{shard.sha256} {shard.index_sha256}".encode())
         return digest.hexdigest()
 
@@ -100,12 +101,6 @@ class Manifest(_Strict):
 def token_dtype_name(vocab_size: int) -> Literal["uint16", "uint32"]:
     """The smallest type that holds every token id of a vocabulary."""
     return "uint16" if vocab_size <= 65536 else "uint32"
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:

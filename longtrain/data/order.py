@@ -28,10 +28,6 @@ class Order:
         self.seed = seed
         self._half_bits = ((length - 1).bit_length() + 1) // 2
 
-    def epoch(self, position: int) -> int:
-        """How often every sequence had its turn before this position."""
-        return position // self.length
-
     def __call__(self, position: int) -> int:
         """Index in range(length) of the sequence at `position` >= 0."""
         epoch, value = divmod(position, self.length)

@@ -6,6 +6,7 @@ next sequence as a new segment with positions from 0. The tail below T is droppe
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,9 +122,11 @@ class PackedSplit:
     def _read_index(self, shard: Shard) -> npt.NDArray[np.int64]:
         path = self.folder / shard.index
         _check_size(path, 8 * shard.documents)
-        ends = np.fromfile(path, dtype="<i8").astype(np.int64, copy=False)
-        if ends[-1] != shard.tokens or (np.diff(ends, prepend=0) <= 0).any():
-            raise DataError(f"{path}: is no list of document ends of {shard.file}: damaged; prepare the data again")
+        content = path.read_bytes()
+        ends = np.frombuffer(content, dtype="<i8").astype(np.int64, copy=False)
+        ours = hashlib.sha256(content).hexdigest() == shard.index_sha256
+        if not ours or ends[-1] != shard.tokens or (np.diff(ends, prepend=0) <= 0).any():
+            raise DataError(f"{path}: is no list of document ends of {shard.file}: foreign or damaged; prepare the data again")
         return ends
 
     def _read(self, start: int, stop: int) -> npt.NDArray[np.int64]:

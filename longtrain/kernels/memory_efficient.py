@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longtrain.attention.mask import Cover
@@ -95,16 +96,15 @@ class MemoryEfficientKernel:
                     yield q0, nq, k0, nk
 
 
-def _document_spans(segments: Tensor | None, tile: int) -> list[list[tuple[int, int]]] | None:
-    """Per tile and batch row the (least, greatest) document; an empty span where all is padding."""
+def _document_spans(segments: Tensor | None, tile: int) -> list[list[list[int]]] | None:
+    """Per tile and batch row [least, greatest] document; an empty span where all is padding."""
     if segments is None or segments.shape[1] == 0:
         return None
-    spans = []
-    for part in segments.split(tile, 1):
-        least = part.masked_fill(part == PADDING, torch.iinfo(part.dtype).max).amin(1)
-        spans.append(list(zip(least.tolist(), part.amax(1).tolist(), strict=True)))
-    return spans
+    tiles = F.pad(segments, (0, -segments.shape[1] % tile), value=PADDING).unflatten(1, (-1, tile))
+    least = tiles.masked_fill(tiles == PADDING, torch.iinfo(tiles.dtype).max).amin(2)
+    # one tensor, so that a device is waited for once
+    return torch.stack((least, tiles.amax(2)), -1).transpose(0, 1).tolist()
 
 
-def _overlap(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> bool:
+def _overlap(a: list[list[int]], b: list[list[int]]) -> bool:
     return any(max(x[0], y[0]) <= min(x[1], y[1]) for x, y in zip(a, b, strict=True))

@@ -1,4 +1,4 @@
-"""Who this rank is: its place in the grid of data and context parallelism, and the process groups that go with it."""
+"""Who this rank is: its place in the grid of data and context parallelism, and the process group of its ring."""
 
 from __future__ import annotations
 
@@ -38,14 +38,10 @@ class Grid:
         """The global ranks that hold one sequence together, in ring order."""
         return list(range(dp_rank * self.cp, (dp_rank + 1) * self.cp))
 
-    def dp_ranks(self, cp_rank: int) -> list[int]:
-        """The global ranks that hold the same shard of different sequences."""
-        return list(range(cp_rank, self.world, self.cp))
-
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """This process among all; groups are None where they would hold one rank. Collectives here run on host memory."""
+    """This process among all; cp_group, its ring, is None where it would hold one rank. Collectives here run on host memory."""
 
     rank: int
     world: int
@@ -55,7 +51,6 @@ class ParallelContext:
     dp_rank: int
     cp_rank: int
     cp_group: dist.ProcessGroup | None
-    dp_group: dist.ProcessGroup | None
     device: torch.device
     timeout: timedelta = timedelta(minutes=60)
 
@@ -63,10 +58,6 @@ class ParallelContext:
     def is_main(self) -> bool:
         """True on the one rank that prints, tracks and finishes checkpoints."""
         return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait for all ranks. Through host memory: NCCL's barrier has to guess a device."""
-        self._gather(torch.zeros(1, dtype=torch.int64))
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Sums of `values` over all ranks, position by position; the same on every rank, whatever the order of ranks.
@@ -97,19 +88,12 @@ class ParallelContext:
 
 
 def create_context(grid: Grid, *, rank: int, local_rank: int, device: torch.device, timeout: timedelta) -> ParallelContext:
-    """Build the groups of `grid` over the initialised default group; every rank must call this at the same point."""
-
-    def own_group(members: list[list[int]], size: int) -> dist.ProcessGroup | None:
-        if size == 1:
-            return None
-        # Every rank creates every group, in one order: new_group is a collective of the whole world.
-        groups: list[Any] = [dist.new_group(ranks, timeout=timeout) for ranks in members]
-        return next(group for ranks, group in zip(members, groups, strict=True) if rank in ranks)
-
+    """Build the rings of `grid` over the initialised default group; every rank must call this at the same point."""
     dp_rank, cp_rank = grid.place(rank)
-    cp_group = own_group([grid.cp_ranks(i) for i in range(grid.dp)], grid.cp)
-    dp_group = own_group([grid.dp_ranks(i) for i in range(grid.cp)], grid.dp)
-    if cp_group is not None:
+    cp_group: Any = None
+    if grid.cp > 1:
+        # Every rank creates every group, in one order: new_group is a collective of the whole world.
+        cp_group = [dist.new_group(grid.cp_ranks(i), timeout=timeout) for i in range(grid.dp)][dp_rank]
         # NCCL wants every rank in a group's first exchange, and a ring's first hop may be one that only some ranks need.
         dist.all_reduce(torch.zeros(1, device=device), group=cp_group)
     return ParallelContext(
@@ -121,7 +105,6 @@ def create_context(grid: Grid, *, rank: int, local_rank: int, device: torch.devi
         dp_rank=dp_rank,
         cp_rank=cp_rank,
         cp_group=cp_group,
-        dp_group=dp_group,
         device=device,
         timeout=timeout,
     )

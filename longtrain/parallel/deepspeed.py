@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longtrain.errors import LaunchError, PlanError
+from longtrain.errors import LaunchError
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.loss import loss_scale
 from longtrain.parallel.zero_config import DTYPES, deepspeed_config
@@ -144,8 +144,6 @@ class Engine:
         import deepspeed
 
         attach()
-        if "fp16" in config and ctx.device.type == "cpu":
-            raise PlanError("training.precision fp16 needs a GPU: on a CPU use bf16 or fp32")
         frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
         if frozen:
             raise ValueError(f"parameter {frozen[0]} does not require a gradient; checkpoints hold trained parameters only")

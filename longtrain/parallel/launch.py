@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -128,8 +129,28 @@ def start(
     return create_context(grid, rank=launch.rank, local_rank=launch.local_rank, device=place, timeout=timeout)
 
 
-def stop() -> None:
-    """Leave the process group. Does nothing where `start` has not run, so that it can stand in a finally."""
-    if dist.is_available() and dist.is_initialized():
-        deepspeed.detach()
-        dist.destroy_process_group()
+def check_agreement(ctx: ParallelContext, facts: Mapping[str, str]) -> None:
+    """Raises LaunchError on every rank where some rank was started with other `facts` than rank 0, naming it and the first one."""
+    rows = [json.loads(text) for text in ctx.all_gather_text(json.dumps(dict(facts)))]
+    for rank, row in enumerate(rows):
+        for name in sorted(row.keys() | rows[0].keys()):
+            found, expected = row.get(name), rows[0].get(name)
+            if found != expected:
+                raise LaunchError(
+                    f"rank {rank} was started with another {name} than rank 0: {found} instead of {expected}; "
+                    "start all ranks with the same command, on the same files"
+                )
+
+
+def stop(failed: bool = False) -> None:
+    """Leave the process group. Does nothing where `start` has not run, so that it can stand in a finally.
+
+    failed: this rank is on its way out with an error while others may still wait for it; NCCL would make it wait for them in turn,
+    so the group is left to the end of the process.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    if failed and dist.get_world_size() > 1 and "nccl" in dist.get_backend():
+        return
+    deepspeed.detach()
+    dist.destroy_process_group()

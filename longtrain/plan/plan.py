@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 
-from longtrain.attention import Band, Needs, SequenceLayout, band_kind, ring_plan
+from longtrain.attention import Band, Needs, SequenceLayout, ring_plan
 from longtrain.errors import PlanError
-from longtrain.kernels.registry import Choice, select
+from longtrain.kernels.registry import Choice, kinds_of, select
 from longtrain.models.config import ModelConfig
 from longtrain.models.families import parameter_count
-from longtrain.parallel.deepspeed import deepspeed_config
+from longtrain.parallel.zero_config import DTYPES, deepspeed_config
 from longtrain.recipe.schema import Activations, Device, Precision, Recipe
-
-DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ def make_plan(recipe: Recipe, world: int, device: str) -> Plan:
     layout, band = SequenceLayout(parallel.layout.value), Band.causal(recipe.model.window)
     padded_length, dtype = layout.padded_length(training.sequence_length, parallel.cp), DTYPES[training.precision]
     model = model_config(recipe)
-    kinds = _block_kinds(layout, padded_length, parallel.cp, band)
+    schedule = ring_plan(layout, padded_length, padded_length, parallel.cp, band)
+    kinds = kinds_of(block.band for row in schedule for blocks in row for block in blocks)
     needs = Needs(kinds, True, frozenset(), model.head_dim, model.head_dim, dtype, device, fp32_partials=parallel.cp > 1)
     accumulation = training.batch_size // (dp * training.micro_batch_size)
     return Plan(
@@ -140,8 +139,3 @@ def model_config(recipe: Recipe) -> ModelConfig:
         window=model.window,
         init_std=model.init_std,
     )
-
-
-def _block_kinds(layout: SequenceLayout, length: int, cp: int, band: Band) -> frozenset[str]:
-    table = ring_plan(layout, length, length, cp, band)
-    return frozenset(band_kind(block.band) for row in table for blocks in row for block in blocks)

@@ -25,6 +25,9 @@ from longtrain.train.tracking import Trackers
 
 TRAIN, HELD_OUT = "train", "heldout"
 
+VERIFY_BYTES = 4 << 30
+"""What is read whole at every start: a few seconds from a warm disk."""
+
 
 @dataclass
 class Run:
@@ -60,6 +63,16 @@ def open_data(plan: Plan) -> tuple[PackedSplit, PackedSplit | None]:
     return train, held_out
 
 
+def verify_data(splits: Sequence[PackedSplit]) -> None:
+    """Raises DataError where a shard is not, byte for byte, what was prepared.
+
+    Reads splits up to VERIFY_BYTES; `longtrain check-data` reads larger ones.
+    """
+    for split in splits:
+        if split.tokens * split.manifest.token_dtype.itemsize <= VERIFY_BYTES:
+            split.verify()
+
+
 def build_attend(plan: Plan, ctx: ParallelContext) -> Attend:
     """The Attend that the model sees."""
     if plan.cp == 1:
@@ -70,6 +83,14 @@ def build_attend(plan: Plan, ctx: ParallelContext) -> Attend:
 def assemble(plan: Plan, ctx: ParallelContext, split: PackedSplit, start: Start) -> Run:
     """Model, engine and loader of one rank, restored as `start` says. A collective of all ranks."""
     recipe = plan.recipe
+    loader = Loader(
+        split,
+        seed=recipe.seed,
+        batch_size=recipe.training.batch_size,
+        micro_batch_size=recipe.training.micro_batch_size,
+        dp=plan.dp,
+        dp_rank=ctx.dp_rank,
+    )
     probe(ctx, plan.deepspeed)
     attend = build_attend(plan, ctx)
     model = build_model(
@@ -89,14 +110,6 @@ def assemble(plan: Plan, ctx: ParallelContext, split: PackedSplit, start: Start)
         eps=recipe.optimizer.eps,
     )
     progress = Progress() if start.checkpoint is None else restore(engine, start.checkpoint)
-    loader = Loader(
-        split,
-        seed=recipe.seed,
-        batch_size=recipe.training.batch_size,
-        micro_batch_size=recipe.training.micro_batch_size,
-        dp=plan.dp,
-        dp_rank=ctx.dp_rank,
-    )
     return Run(plan, ctx, engine, split, loader, Path(recipe.run_folder), progress=progress)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import longtrain
 from longtrain.errors import CheckpointError, LongtrainError
-from longtrain.files import sync_file, sync_path
+from longtrain.files import sha256_of, sync_file, sync_path
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import MOMENTS, Engine
 from longtrain.train.checkpoint_format import (
@@ -43,6 +43,7 @@ from longtrain.train.checkpoint_format import (
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 KINDS = ("master", *MOMENTS)
+DAMAGED = "the checkpoint is damaged; delete its folder to go on from an earlier one"
 
 
 def save(folder: Path, engine: Engine, state: TrainState, keep: int) -> Path:
@@ -70,9 +71,6 @@ def save(folder: Path, engine: Engine, state: TrainState, keep: int) -> Path:
         ranges = [(f"{kind}/{piece.name}@{piece.start}", piece.tensors[kind]) for piece in engine.owned_ranges() for kind in KINDS]
         return name, _write_tensors(temporary / name, ranges).model_dump()
 
-    _together(ctx, prepare)
-    files = {name: FileEntry.model_validate(entry) for name, entry in _together(ctx, write_rank)}
-
     def finish() -> None:
         if ctx.is_main:
             files[STATE] = write_json(temporary / STATE, state)
@@ -80,7 +78,14 @@ def save(folder: Path, engine: Engine, state: TrainState, keep: int) -> Path:
             _publish(temporary, final)
             _prune(folder, keep, final)
 
-    _together(ctx, finish)
+    try:
+        _together(ctx, prepare)
+        files = {name: FileEntry.model_validate(entry) for name, entry in _together(ctx, write_rank)}
+        _together(ctx, finish)
+    except CheckpointError:
+        if ctx.is_main:  # every rank is past its writing; what is half there would only fill the disk further
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
@@ -151,6 +156,11 @@ def read_master(path: Path) -> Iterator[tuple[str, Tensor]]:
         whole = torch.empty(entry.numel, dtype=torch.float32)
         pieces.read("master", name, 0, whole)
         yield name, whole.view(entry.shape)
+
+
+def digest_of(step: Path) -> str:
+    """A digest of all that a step folder holds: its manifest has the digest of every file."""
+    return hashlib.sha256((step / MANIFEST).read_bytes()).hexdigest()
 
 
 class _Pieces:
@@ -304,14 +314,12 @@ def _check_files(step: Path, manifest: Manifest, names: Iterable[str]) -> None:
     for name in names:
         path, entry = step / name, manifest.files[name]
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; the checkpoint is damaged, use an earlier one")
+            raise CheckpointError(f"{path}: missing; {DAMAGED}")
         if path.stat().st_size != entry.size:
             found = path.stat().st_size
-            raise CheckpointError(f"{path}: {found} bytes instead of {entry.size}; the checkpoint is damaged, use an earlier one")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry.sha256:
-            raise CheckpointError(f"{path}: SHA-256 differs from the manifest; the file is damaged, use an earlier checkpoint")
+            raise CheckpointError(f"{path}: {found} bytes instead of {entry.size}; {DAMAGED}")
+        if sha256_of(path) != entry.sha256:
+            raise CheckpointError(f"{path}: SHA-256 differs from the manifest; {DAMAGED}")
 
 
 def _check_model(step: Path, manifest: Manifest, engine: Engine) -> None:

@@ -15,7 +15,8 @@ from longtrain.kernels.local import LocalAttend
 from longtrain.kernels.memory_efficient import MemoryEfficientKernel
 from longtrain.models.decoder import Decoder
 from longtrain.models.huggingface import write_folder
-from longtrain.plan.plan import DTYPES, model_config
+from longtrain.parallel.zero_config import DTYPES
+from longtrain.plan.plan import model_config
 from longtrain.recipe.load import parse_recipe
 from longtrain.recipe.schema import Precision, Recipe
 from longtrain.train import checkpoint

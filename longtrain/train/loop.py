@@ -22,7 +22,8 @@ Evaluate = Callable[[Run], float]
 def train(run: Run, *, until: int, evaluate: Evaluate | None = None) -> Progress:
     """Trains until `until` optimizer steps are done, saving as the recipe says and at the end.
 
-    All ranks call it. What is reported does not depend on where a run was stopped and resumed. evaluate: injected by the command line, called where the recipe wants an evaluation.
+    All ranks call it. What is reported does not depend on where a run was stopped and resumed. evaluate: injected by the command
+    line, called where the recipe wants an evaluation.
     """
     recipe, plan, ctx = run.plan.recipe, run.plan, run.ctx
     peak = peak_flops(torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu", plan.dtype)

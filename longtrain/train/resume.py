@@ -57,9 +57,11 @@ def choose(recipe: Recipe, split: PackedSplit, wanted: str) -> Start:
         path = latest
     else:
         path = checkpoint.resolve(Path(wanted) / CHECKPOINTS if (Path(wanted) / CHECKPOINTS).is_dir() else Path(wanted))
-        if latest is not None and latest.resolve() != path.resolve() and folder.resolve() != path.resolve().parent:
+        if latest is not None and latest.resolve() != path.resolve():
+            # going on from an older step here would leave two futures in one folder, and auto would take the abandoned one
             raise CheckpointError(
-                f"{folder}: holds checkpoints already; to start from {path} set another name or output, or delete the folder"
+                f"{folder}: holds checkpoints up to {latest.name}; to go on from {path} instead, set another name or output, or "
+                "delete the newer ones"
             )
     if path is None:
         return Start(None)
@@ -74,6 +76,10 @@ def choose(recipe: Recipe, split: PackedSplit, wanted: str) -> Start:
         )
     remarks = [f"resuming {path} (step {state.step})"]
     remarks += [f"changed since that checkpoint: {field}: {before} -> {after}" for field, before, after in changes]
+    if any(field == "training.steps" for field, _, _ in changes) and recipe.schedule.kind != "constant":
+        remarks.append(
+            f"the {recipe.schedule.kind} schedule now ends at step {recipe.training.steps}: the learning rate jumps here"
+        )
     return Start(path, tuple(remarks))
 
 
@@ -106,14 +112,15 @@ def _refuse_other_run(path: Path, changes: list[tuple[str, Any, Any]]) -> None:
 
 def _changes(before: Recipe, after: Recipe) -> Iterator[tuple[str, Any, Any]]:
     """(field, value before, value after) of every field that differs."""
-    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    old, new = flat(before.model_dump(mode="json")), flat(after.model_dump(mode="json"))
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field):
             yield field, old.get(field), new.get(field)
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names and values of nested sections."""
     fields: dict[str, Any] = {}
     for name, value in section.items():
-        fields |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        fields |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return fields

@@ -11,6 +11,7 @@ from longtrain.batch import IGNORE, PADDING, Batch
 from longtrain.data.loader import Loader, held_out
 from longtrain.data.order import Order
 from longtrain.data.packed import PackedRow, PackedSplit
+from longtrain.errors import DataError
 
 T = 8
 
@@ -129,11 +130,10 @@ def test_shapes_that_do_not_fit(split: PackedSplit, batch_size: int, micro: int,
 
 @pytest.mark.parametrize("dp", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro", [1, 2])
-@pytest.mark.parametrize("count", [1, 3, 8, 10**6])
+@pytest.mark.parametrize("count", [1, 3, 8, 14])
 def test_held_out_rows_are_shared_out_once_and_filled_up(split: PackedSplit, dp: int, micro: int, count: int) -> None:
     ranks = [held_out(split, count, micro_batch_size=micro, dp=dp, dp_rank=rank) for rank in range(dp)]
-    real = min(count, len(split))
-    assert {len(batches) for batches in ranks} == {-(-real // (dp * micro))}
+    assert {len(batches) for batches in ranks} == {-(-count // (dp * micro))}
     firsts = []
     for batch in (batch for batches in ranks for batch in batches):
         assert batch.tokens.shape == (micro, T)
@@ -145,5 +145,15 @@ def test_held_out_rows_are_shared_out_once_and_filled_up(split: PackedSplit, dp:
                 assert not batch.positions[b].any()
             else:
                 firsts.append(int(batch.tokens[b, 0]))
-    assert sorted(firsts) == sorted({row * len(split) // real * T for row in range(real)})
-    assert len(firsts) == real
+    assert sorted(firsts) == sorted({row * len(split) // count * T for row in range(count)})
+    assert len(firsts) == count
+
+
+def test_more_than_there_is_is_refused(split: PackedSplit) -> None:
+    assert len(split) == 14
+    held_out(split, 14, micro_batch_size=1, dp=1, dp_rank=0)
+    with pytest.raises(DataError, match=r"evaluation\.sequences: 15 .* 14 held-out sequences of 8 tokens: set it to 14 or less"):
+        held_out(split, 15, micro_batch_size=1, dp=1, dp_rank=0)
+    loader(split, batch_size=14).close()
+    with pytest.raises(DataError, match=r"training\.batch_size: 16 .* 14 training sequences of 8 tokens: set it to 14 or less"):
+        loader(split, batch_size=16)

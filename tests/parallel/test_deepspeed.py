@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from longtrain.errors import LaunchError, PlanError
+from longtrain.errors import LaunchError
 from longtrain.parallel import deepspeed
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine, build_model, probe
@@ -45,14 +45,14 @@ def test_config_says_everything_explicitly(stage: int, precision: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"stage": 0, "precision": "bf16"}, r"fp32 only, but training\.precision is bf16: set zero\.stage to 1"),
-        ({"stage": 0, "offload": "cpu"}, "no optimizer shards to offload"),
-        ({"stage": 1, "precision": "fp8"}, "use fp32, bf16 or fp16"),
-        ({"stage": 1, "offload": "nvme"}, "use none or cpu"),
+        ({"stage": 0, "precision": "bf16"}, "stage 0 is for fp32 without offload, not for bf16"),
+        ({"stage": 0, "offload": "cpu"}, "stage 0 is for fp32 without offload, .* offload cpu"),
+        ({"stage": 1, "precision": "fp8"}, "'fp8' .* not known"),
+        ({"stage": 1, "offload": "nvme"}, "'nvme' is not known"),
     ],
 )
 def test_config_refuses(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(PlanError, match=message):
+    with pytest.raises(ValueError, match=message):
         deepspeed_config(**arguments)
 
 
@@ -118,9 +118,6 @@ def _refuse(ctx: ParallelContext) -> dict[str, Any]:
         engine.backward(engine.forward(*rows(0)), 1.0)
     messages.append(str(late.value))
     engine.close()
-    with pytest.raises(PlanError) as fp16:
-        make_engine(ctx, stage=1, precision="fp16")
-    messages.append(str(fp16.value))
     seen["messages"] = messages
     seen["probes"] = _probes(ctx)
     seen["builds"] = _builds(ctx)
@@ -193,7 +190,6 @@ def test_refusals_probe_and_building_on_two_ranks() -> None:
                 assert steps == {2}
         assert "step needs 2 backward calls, and had 0" in seen["messages"][0]
         assert "backward ran 2 times already" in seen["messages"][1]
-        assert "fp16 needs a GPU" in seen["messages"][2]
         probes = seen["probes"]
         for key, verdict in probes.items():
             if key[0].isdigit():

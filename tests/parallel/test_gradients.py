@@ -163,7 +163,8 @@ def check(case: Case, ranks: Sequence[dict[str, Any]], tolerance: float = TOLERA
     ratio, name = worst(found.gradients, true.gradients)
     assert ratio <= tolerance, f"{case}: gradient of {name} is off by {ratio:.2e}"
     ratio, name = worst(found.parameters, true.parameters)
-    assert ratio <= 10 * tolerance, f"{case}: {name} is off by {ratio:.2e} after {len(RATES)} steps"
+    # Adam divides by the root of the second moment, which makes the rounding of small gradients as large as that of large ones
+    assert ratio <= 3 * tolerance, f"{case}: {name} is off by {ratio:.2e} after {len(RATES)} steps"
 
 
 BF16 = {

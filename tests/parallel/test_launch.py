@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from longtrain.errors import LaunchError
 from longtrain.parallel.context import Grid, ParallelContext
-from longtrain.parallel.launch import Launch, resolve_device, start, stop
+from longtrain.parallel.launch import Launch, check_agreement, resolve_device, start, stop
 from longtrain.parallel.loss import count_tokens, loss_scale
 from tests.distributed import RankError, run_ranks
 
@@ -21,11 +21,9 @@ def test_grid_places_context_ranks_inside_data_ranks() -> None:
     grid = Grid(dp=2, cp=3)
     assert [grid.place(rank) for rank in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     assert grid.cp_ranks(1) == [3, 4, 5]
-    assert grid.dp_ranks(2) == [2, 5]
     for rank in range(grid.world):
         dp_rank, cp_rank = grid.place(rank)
         assert grid.cp_ranks(dp_rank)[cp_rank] == rank
-        assert grid.dp_ranks(cp_rank)[dp_rank] == rank
     with pytest.raises(ValueError, match="outside"):
         grid.place(6)
     with pytest.raises(ValueError, match="at least 1"):
@@ -82,8 +80,7 @@ def test_one_process_needs_no_port_and_can_start_again() -> None:
     for _ in range(2):
         ctx = start(Launch(), device="cpu")
         try:
-            assert (ctx.world, ctx.is_main, ctx.cp_group, ctx.dp_group) == (1, True, None, None)
-            ctx.barrier()
+            assert (ctx.world, ctx.is_main, ctx.cp_group) == (1, True, None)
             assert ctx.all_reduce_sum([3, 4]) == [3, 4]
             assert ctx.all_gather_text("grüße") == ["grüße"]
         finally:
@@ -103,16 +100,11 @@ def test_loss_scale_is_the_token_mean_and_zero_without_tokens() -> None:
 
 
 def _collectives(ctx: ParallelContext) -> dict[str, object]:
-    def members(group: dist.ProcessGroup | None) -> list[int]:
-        return [ctx.rank] if group is None else dist.get_process_group_ranks(group)
-
     # 0.1 + 1e16 - 1e16 is 0 or 0.1 by order of summation; fsum rounds the true sum once.
     awkward = [0.1, 1e16, -1e16, 0.2][ctx.rank]
-    ctx.barrier()
     return {
         "place": (ctx.dp_rank, ctx.cp_rank),
-        "cp": members(ctx.cp_group),
-        "dp": members(ctx.dp_group),
+        "cp": dist.get_process_group_ranks(ctx.cp_group),
         "sums": ctx.all_reduce_sum([ctx.rank, 2**53 + 1]),
         "awkward": ctx.all_reduce_sum([awkward]),
         "texts": ctx.all_gather_text("é" * ctx.rank),
@@ -124,7 +116,6 @@ def test_four_ranks() -> None:
     results = run_ranks(_collectives, 4, dp=2, cp=2)
     assert [result["place"] for result in results] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert [result["cp"] for result in results] == [[0, 1], [0, 1], [2, 3], [2, 3]]
-    assert [result["dp"] for result in results] == [[0, 2], [1, 3], [0, 2], [1, 3]]
     for result in results:
         assert result["sums"] == [6, 4 * (2**53 + 1)]
         assert result["awkward"] == [0.1 + 0.2]
@@ -132,10 +123,24 @@ def test_four_ranks() -> None:
         assert result["tokens"] == 15
 
 
+def _disagrees(ctx: ParallelContext) -> str:
+    check_agreement(ctx, {"seed": "0", "--until": "None"})
+    try:
+        check_agreement(ctx, {"seed": "5" if ctx.rank == 1 else "0", "--until": "None"})
+    except LaunchError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_was_started_otherwise_is_named_on_every_rank() -> None:
+    for message in run_ranks(_disagrees, 2):
+        assert message.startswith("rank 1 was started with another seed than rank 0: 5 instead of 0; start all ranks with the same")
+
+
 def _one_fails(ctx: ParallelContext) -> None:
     if ctx.rank == 1:
         raise ZeroDivisionError("this one")
-    ctx.barrier()
+    ctx.all_gather_text("")
 
 
 def _hangs(ctx: ParallelContext) -> None:

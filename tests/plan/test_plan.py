@@ -180,11 +180,34 @@ def test_describe() -> None:
     assert said["sequence"] == "32,767 tokens (+1 padding), 16,384 on each rank"
     assert said["step"] == "32 sequences = 1,048,544 tokens: 4 dp x 1 a forward x 8 accumulated"
     assert said["steps"] == "20,000 = 20,970,880,000 tokens"
+    assert said["model FLOPs"] == "4.79e+16 a step (the whole square: 9.56e+16), where each sequence is one document"
     assert said["learning rate"] == "cosine, peak 0.0003, after 1,000 steps of warmup, down to 3e-05"
     assert said["precision"] == "bf16, ZeRO stage 3, optimizer offload none"
     assert said["attention"] == "causal, window 4096"
     assert said["kernel"]
     assert words(make_plan(small(), 1, "cpu"))["ranks"] == "1 on cpu: dp 1 x cp 1 (no ring)"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["training.precision=bf16"], True),
+        (["training.precision=fp16"], True),
+        (["training.precision=bf16", "zero.stage=2"], False),
+        (["training.precision=bf16", "zero.stage=3"], False),
+        (["training.precision=bf16", "training.micro_batch_size=12"], False),
+        (["training.precision=fp32"], False),
+    ],
+)
+def test_sums_in_low_precision_are_warned_of(overrides: list[str], warned: bool) -> None:
+    said = words(make_plan(small(*overrides), 1, "cuda"))
+    assert ("zero.stage 1 sums the gradients of 12 micro batches" in said.get("warning", "")) == warned
+
+
+def test_builtin_recipes_plan_without_warning() -> None:
+    for name in builtin_recipes():
+        recipe = load_recipe(name)
+        assert "warning" not in words(make_plan(recipe, recipe.smallest_world, "cpu")), name
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ class OneRank:
     stage = 1
 
     def __init__(self, names: tuple[str, ...] = ("a", "b")) -> None:
-        self.ctx = ParallelContext(0, 1, 0, 1, 1, 0, 0, None, None, torch.device("cpu"), timedelta(seconds=9))
+        self.ctx = ParallelContext(0, 1, 0, 1, 1, 0, 0, None, torch.device("cpu"), timedelta(seconds=9))
         kinds = ("master", *MOMENTS)
         self.values = {name: {kind: torch.randn(6) for kind in kinds} for name in names}
         self.steps = dict.fromkeys(names, 5)
@@ -316,6 +316,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(
         patch.setattr(os, "fsync", fail) if moment == "sync" else patch.setattr(Path, "rename", fail)
         with pytest.raises(CheckpointError, match="Input/output error"):
             save(tmp_path, engine, _state(2), keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "what is half written would only fill the disk"
     assert find_latest(tmp_path) == tmp_path / "step-00000001"
     verify(tmp_path)
     save(tmp_path, engine, _state(2), keep=1)

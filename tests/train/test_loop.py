@@ -176,7 +176,7 @@ def _train(ctx: ParallelContext, overrides: Sequence[str], untils: Sequence[int 
         with redirect_stdout(printed), redirect_stderr(printed):
             # as the command does: the choice is made before anyone has written
             start = choose(plan.recipe, split, "auto")
-            ctx.barrier()
+            ctx.all_gather_text("all have chosen")
             progress = run_training(plan, ctx, split, start, until=until, evaluate=None)
         seen.append((printed.getvalue(), progress.step))
     return seen

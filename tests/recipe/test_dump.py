@@ -1,0 +1,152 @@
+"""A recipe written out is the same recipe."""
+
+import hashlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longtrain.recipe.explain import FIELDS
+from longtrain.recipe.load import dump_recipe, load_recipe, recipe_hash
+from longtrain.recipe.schema import (
+    Activations,
+    AttentionSection,
+    CheckpointSection,
+    DataSection,
+    Device,
+    EvaluationSection,
+    Family,
+    KernelName,
+    Layout,
+    ModelSection,
+    Offload,
+    OptimizerSection,
+    ParallelSection,
+    Precision,
+    Recipe,
+    ScheduleKind,
+    ScheduleSection,
+    TrackingSection,
+    TrainingSection,
+    ZeroSection,
+)
+from tests.recipe.bad_recipes import BASE
+
+TRAPS = [
+    "017",
+    "1e4",
+    "1:30",
+    "no",
+    "true",
+    "null",
+    "~",
+    "<<",
+    "=",
+    "&a",
+    "*b",
+    "!t",
+    "# x",
+    "a: b",
+    "- a",
+    "'",
+    '"',
+    "{",
+    ".inf",
+    "é",
+    "-",
+]
+paths = st.sampled_from(TRAPS) | st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and text.isprintable())
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+counts = st.integers(1, 2**40)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    heads, kv_factor, micro, accumulation, dp = (draw(st.integers(1, 64)) for _ in range(5))
+    kind = draw(st.sampled_from(ScheduleKind))
+    warmup, decay, more = draw(st.integers(0, 1000)), draw(st.integers(1, 1000)), draw(st.integers(0, 1000))
+    precision = draw(st.sampled_from(Precision))
+    return Recipe(
+        name=draw(
+            st.sampled_from(["1e4", "017", "no", "null", "12", "1.5"]) | st.from_regex(r"[a-z0-9][a-z0-9._-]*", fullmatch=True)
+        ),
+        seed=draw(st.integers(0, 2**63 - 1)),
+        device=draw(st.sampled_from([Device.AUTO, Device.CUDA])),
+        output=draw(st.none() | paths),
+        model=ModelSection(
+            family=draw(st.sampled_from(Family)),
+            vocab_size=draw(st.integers(2, 2**20)),
+            hidden_size=heads * kv_factor * 2,
+            layers=draw(counts),
+            heads=heads * kv_factor,
+            kv_heads=draw(st.none() | st.just(heads)),
+            head_dim=draw(st.none() | st.just(64)),
+            intermediate_size=draw(counts),
+            rope_theta=draw(positive),
+            norm_eps=draw(positive),
+            tied_embeddings=draw(st.booleans()),
+            window=draw(st.none() | counts),
+            init_std=draw(positive),
+        ),
+        data=DataSection(path=draw(paths)),
+        training=TrainingSection(
+            sequence_length=draw(st.integers(2, 2**30)),
+            steps=max(1, warmup + decay + more),
+            batch_size=micro * accumulation * dp,
+            micro_batch_size=micro,
+            precision=precision,
+            activations=draw(st.sampled_from(Activations)),
+        ),
+        attention=AttentionSection(kernel=draw(st.sampled_from(KernelName))),
+        parallel=ParallelSection(dp=draw(st.sampled_from(["auto", dp])), cp=draw(counts), layout=draw(st.sampled_from(Layout))),
+        optimizer=OptimizerSection(
+            lr=draw(positive),
+            betas=(draw(st.floats(0, 1, exclude_max=True)), draw(st.floats(0, 1, exclude_max=True))),
+            eps=draw(positive),
+            weight_decay=draw(st.floats(0, 1)),
+            grad_clip=draw(st.none() | positive),
+        ),
+        schedule=ScheduleSection(
+            kind=kind,
+            warmup_steps=warmup,
+            decay_steps=decay if kind is ScheduleKind.WSD else None,
+            final_ratio=draw(st.floats(0, 1)),
+        ),
+        zero=ZeroSection(stage=draw(st.integers(1, 3)), offload=draw(st.sampled_from(Offload))),
+        checkpoint=CheckpointSection(every=draw(counts), keep=draw(counts)),
+        evaluation=EvaluationSection(every=draw(st.none() | counts), sequences=draw(counts)),
+        tracking=TrackingSection(every=draw(counts)),
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(recipe=recipes())
+def test_dump_and_load_give_back_the_recipe(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
+    path = tmp_path_factory.getbasetemp() / "resolved.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    loaded = load_recipe(path)
+    assert loaded == recipe
+    assert recipe_hash(loaded) == recipe_hash(recipe)
+    assert dump_recipe(loaded) == dump_recipe(recipe)
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_text_that_looks_like_something_else_survives_the_dump(write, trap: str) -> None:
+    recipe = load_recipe(write(BASE))
+    recipe = recipe.model_copy(update={"data": DataSection(path=trap)})
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+def test_dump_holds_every_field(write) -> None:
+    text = dump_recipe(load_recipe(write(BASE)))
+    for path in FIELDS:
+        assert f"{path[-1]}:" in text
+
+
+def test_hash_is_of_the_meaning_not_of_the_text(write) -> None:
+    recipe = load_recipe(write(BASE))
+    same = load_recipe(write("# a comment\n" + BASE.replace("lr: 1e-3", "lr: 0.001\n  eps: 1e-8")))
+    other = load_recipe(write(BASE), ["seed=4"])
+    assert recipe_hash(same) == recipe_hash(recipe)
+    assert recipe_hash(other) != recipe_hash(recipe)
+    assert len(recipe_hash(recipe)) == len(hashlib.sha256().hexdigest())
