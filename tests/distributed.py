@@ -40,7 +40,8 @@ def run_ranks(
     """
     # Ranks are forked from a server that has imported torch and run nothing: seconds less for each than a fresh interpreter.
     # Its compiler too: DeepSpeed's ZeRO imports it, though nothing is compiled.
-    server = multiprocessing.get_context("forkserver")
+    # Not for CUDA, which the compiler initialises on a machine that has it, and which does not survive a fork.
+    server = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
     server.set_forkserver_preload(["torch", "torch._inductor.compile_fx"])
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []

@@ -72,6 +72,7 @@ class Case:
             "training.activations": self.activations,
             "training.precision": self.precision,
             "attention.kernel": self.kernel,
+            "device": device,
         }
         recipe = self.task.recipe(*(f"{key}={value}" for key, value in overrides.items()))
         plan = make_plan(recipe, self.dp * self.cp, device)

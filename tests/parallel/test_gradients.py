@@ -143,7 +143,7 @@ def _outcome(case: Case, ranks: Sequence[dict[str, Any]]) -> Outcome:
     for rank in ranks:
         assert rank["losses"] == ranks[0]["losses"], f"{case}: ranks report different losses"
         assert rank["norms"] == ranks[0]["norms"], f"{case}: ranks report different norms"
-    share = 1 - case.plan().recipe.optimizer.betas[0]
+    share = 1 - case.task.recipe().optimizer.betas[0]
     moments = whole([rank["exp_avg"] for rank in ranks], "exp_avg")
     gradients = {name: value / np.float32(share) for name, value in moments.items()}
     return Outcome(ranks[0]["losses"], ranks[0]["norms"], whole([rank["master"] for rank in ranks], "master"), gradients)
