@@ -38,7 +38,7 @@ def test_finished_run_started_again_changes_nothing_learnt() -> None:
     before = snapshot()
     said = train()
     assert said.code == 0
-    assert f"run is at step {STEPS} of {STEPS} already" in said.text
+    assert f"run is at step {STEPS} already; to train on, raise training.steps, now {STEPS}" in said.text
     after = snapshot()
     assert {name for name in before if before[name] != after.get(name)} <= {"run/loss.png"}
     assert after.keys() == before.keys()

@@ -156,7 +156,7 @@ TRAIN_REFUSALS = {
     "run folder below a file": Refusal(("recipe.yaml is not a folder",), set_("output=recipe.yaml/a/b")),
     "run folder where no folder can be": Refusal(("/proc/",), set_("output=/proc/longtrain/x")),
     "foreign metrics": Refusal(("run/metrics.jsonl:1: is no report",), (), overwrite("run/metrics.jsonl", b"1\n2\n")),
-    "resume from nothing": Refusal(("nowhere: no whole checkpoint here",), ("--resume", "nowhere")),
+    "resume from nothing": Refusal(("nowhere: no such folder",), ("--resume", "nowhere")),
     "resume from a file": Refusal(("recipe.yaml: no whole checkpoint here",), ("--resume", "recipe.yaml")),
     "ranks without dry run": Refusal(("--ranks goes with --dry-run",), ("--ranks", "1")),
     "until 0": Refusal(("'--until'",), ("--until", "0")),
@@ -193,7 +193,7 @@ TOOL_REFUSALS = {
         ("no built-in recipe 'lama-7b-32k'; did you mean 'llama-7b-32k'?",), ("train", "--recipe", "lama-7b-32k")
     ),
     "export without out": Refusal(("--out",), ("export", "run")),
-    "export of nothing": Refusal(("nowhere: no whole checkpoint here",), ("export", "nowhere", "--out", "out")),
+    "export of nothing": Refusal(("nowhere: no such folder",), ("export", "nowhere", "--out", "out")),
     "export of no checkpoints": Refusal(
         ("no whole checkpoint here",), ("export", "run", "--out", "out"), remove("run/checkpoints")
     ),

@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     advice = "prepare the data with scripts/prepare_data.py --source FOLDER --out FOLDER"
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such data folder; {advice}")
+        raise DataError(f"{folder}: no such data folder (data.path is relative to {Path.cwd()}); {advice}")
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:

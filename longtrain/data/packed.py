@@ -55,7 +55,8 @@ class PackedSplit:
         if not self._length:
             raise DataError(
                 f"{self.folder}: the split {split!r} has {self.tokens} tokens, fewer than one sequence of {sequence_length}: "
-                "lower training.sequence_length or prepare more text"
+                + ("set evaluation.every to null, prepare with a larger --held-out, or " if split != "train" else "")
+                + "lower training.sequence_length or prepare more text"
             )
 
     @property

@@ -70,6 +70,10 @@ class Prepared:
             counts = ", ".join(f"{split} {int(lengths.sum()) // length}" for split, lengths in self.lengths.items())
             share = context_share(np.cumsum(self.lengths["train"]), length)
             lines.append(f"sequences of {length}: {counts}; {share:.1%} of the tokens see more than {length // 4} of context")
+            for split, documents in self.lengths.items():
+                if sequence_length and documents.sum() < length:
+                    knob = "--held-out" if split != "train" else "--sequence-length or the text"
+                    lines.append(f"warning: {split} has not one sequence of {length}: change {knob}")
             if sequence_length and (warning := context_warning(share, length)):
                 lines.append(f"warning: {warning}")
         lines.append(f"next: a recipe with data.path {self.out} and model.vocab_size {vocab_size}, then")

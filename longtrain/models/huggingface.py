@@ -65,6 +65,8 @@ def write_folder(
         _write_weights(part, _translated(config, tensors, dtype), shard_bytes)
         for name, content in contents.items():
             (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for path in part.glob("*.safetensors"):
+            shutil.copymode(part / "config.json", path)  # the library writes files that only their owner can read
         for path in [*part.iterdir(), part]:
             sync_path(path)
         part.rename(whole)

@@ -46,7 +46,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("model state", f"about {state_bytes(plan) / 2**30:.3g} GiB on each rank (weights, gradients, master weights, moments)"),
         ("activations", f"{mode}: blocks hold about {held * model.layers / 2**30:.3g} GiB on each rank"),
         ("attention", attention),
-        ("kernel", plan.kernel.kernel.name),
+        ("kernel", plan.kernel.kernel.name + (" (plain torch: right, but slow on GPUs)" if plan.device == "cuda" else "")),
     ]
     lines += [(f"  not {name}", reason) for name, reason in plan.kernel.others.items()]
     lines += [("warning", warning) for warning in _warnings(plan)]

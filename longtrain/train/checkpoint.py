@@ -306,6 +306,8 @@ def resolve(path: Path) -> Path:
         return path
     latest = find_latest(path)
     if latest is None:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such folder; name a run's folder or one of its checkpoints")
         raise CheckpointError(f"{path}: no whole checkpoint here (no {MANIFEST}, and no step-... folder that has one)")
     return latest
 

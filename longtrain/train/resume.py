@@ -106,7 +106,8 @@ def _refuse_other_run(path: Path, changes: list[tuple[str, Any, Any]]) -> None:
     if fixed:
         lines = "\n".join(f"  {field}: {before} in the checkpoint, {after} in this recipe" for field, before, after in fixed)
         raise CheckpointError(
-            f"{path}: is a checkpoint of another recipe:\n{lines}\nset these back, or start a new run under another name or output"
+            f"{path}: is a checkpoint of another recipe:\n{lines}\nset these back; or start from step 0 without that checkpoint, "
+            "under a name of its own (starting a run from the weights of another is not implemented yet)"
         )
 
 

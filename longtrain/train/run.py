@@ -33,10 +33,12 @@ def run_training(
     goal = steps if until is None else min(until, steps)
     run = assemble(plan, ctx, split, start)
     try:
+        if run.progress.step >= goal:
+            if ctx.is_main:
+                Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
+            return run.progress
         if ctx.is_main:
             _open_folder(run, start)
-        if run.progress.step >= goal:
-            run.trackers.say(f"nothing to do: {run.folder} is at step {run.progress.step} of {steps} already")
         return train(run, until=goal, evaluate=evaluate)
     finally:
         run.close()
@@ -49,6 +51,12 @@ def facts_of(plan: Plan, splits: Sequence[PackedSplit], start: Start, until: int
     facts["checkpoint"] = "none" if start.checkpoint is None else f"{start.checkpoint.name} {digest_of(start.checkpoint)}"
     facts["--until"] = str(until)
     return facts | {"longtrain version": longtrain.__version__, "torch version": str(torch.__version__)}
+
+
+def _nothing_to_do(run: Run, goal: int) -> str:
+    step, steps = run.progress.step, run.plan.recipe.training.steps
+    more = "raise --until" if goal < steps else f"raise training.steps, now {steps}"
+    return f"nothing to do: {run.folder} is at step {step} already; to train on, {more}"
 
 
 def _open_folder(run: Run, start: Start) -> None:

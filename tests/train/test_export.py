@@ -99,6 +99,6 @@ def test_refusals_write_nothing() -> None:
         export_checkpoint(RUN, RUN)
     with pytest.raises(DataError, match=r"nowhere: the data of .* --data FOLDER"):
         export_checkpoint(RUN, Path("out"), data=Path("nowhere"))
-    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+    with pytest.raises(CheckpointError, match="no such folder"):
         export_checkpoint(Path("nowhere"), Path("out"))
     assert sorted(path.name for path in Path().iterdir()) == ["data", "recipe.yaml", "run"]

@@ -203,5 +203,5 @@ def test_a_run_of_two_ranks(tmp_path: Path) -> None:
     ]
     assert f"resuming {folder}/checkpoints/step-00000003 (step 3)" in second
     assert f"resuming {folder}/checkpoints/step-00000007 (step 7)" in third
-    assert f"nothing to do: {folder} is at step 10 of 10 already" in idle
+    assert f"nothing to do: {folder} is at step 10 already; to train on, raise training.steps, now 10" in idle
     assert "saved" not in idle

@@ -1,0 +1,44 @@
+"""The reference of all recipe fields, from the schema: `python -m longtrain.recipe.reference > docs/recipes.md` writes the page."""
+
+from __future__ import annotations
+
+from pydantic_core import PydanticUndefined
+
+from longtrain.recipe.explain import FIELDS, dotted, expected, is_section
+
+HEAD = """\
+# Recipes
+
+A recipe is a YAML file; `recipes/` holds the built-in ones. A key that does not stand here is refused, with the line and what was
+probably meant. `--set section.key=value` overrides one key. Paths are relative to the current directory. This page is generated:
+`python -m longtrain.recipe.reference > docs/recipes.md`.
+"""
+
+
+def reference() -> str:
+    """The page, as Markdown: a table a section, a row a field."""
+    lines = [HEAD, "| key | value | default | meaning |", "|---|---|---|---|"]
+    for path, field in FIELDS.items():
+        if is_section(path):
+            lines += [
+                f"\n## {dotted(path)}\n",
+                f"{field.description}\n",
+                "| key | value | default | meaning |",
+                "|---|---|---|---|",
+            ]
+            continue
+        default = "required" if field.default is PydanticUndefined else f"`{_yaml(field.default)}`"
+        lines.append(f"| `{path[-1]}` | {expected(field.annotation)} | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _yaml(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
