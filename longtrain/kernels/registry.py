@@ -9,6 +9,7 @@ from longtrain.attention.mask import Band
 from longtrain.attention.protocol import AttentionKernel, Needs, band_kind
 from longtrain.attention.reference import ReferenceKernel
 from longtrain.errors import KernelError
+from longtrain.kernels.flash import FlashKernel
 from longtrain.kernels.memory_efficient import MemoryEfficientKernel
 
 AUTO = "auto"
@@ -16,7 +17,7 @@ AUTO = "auto"
 
 def kernels() -> tuple[AttentionKernel, ...]:
     """Every kernel, the fastest first."""
-    return (MemoryEfficientKernel(), ReferenceKernel())
+    return (FlashKernel(), MemoryEfficientKernel(), ReferenceKernel())
 
 
 def kinds_of(bands: Iterable[Band]) -> frozenset[str]:

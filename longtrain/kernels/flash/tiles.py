@@ -36,7 +36,7 @@ TABLE: Tiles = {
     (Pass.QUERIES, 128, 2): Tile(128, 64, 8, 2),
     (Pass.QUERIES, 256, 2): Tile(64, 32, 8, 2),
     (Pass.KEYS, 64, 2): Tile(64, 128, 8, 2),
-    (Pass.KEYS, 128, 2): Tile(64, 128, 8, 2),
+    (Pass.KEYS, 128, 2): Tile(64, 64, 4, 2),
     (Pass.KEYS, 256, 2): Tile(32, 64, 8, 2),
     (Pass.BIAS, 256, 2): Tile(64, 64, 8, 1),
 }
