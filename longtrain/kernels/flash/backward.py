@@ -109,7 +109,7 @@ def queries_kernel(
         p_row = p_ranges + (i_b * tiles + i_m).to(tl.int64) * 4
         b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_m, shape[2], -2)
     begin, full_begin, full_end, end = tile_range(
-        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N
+        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N, True
     )
     slope = 0.0
     if ALIBI:
@@ -166,7 +166,7 @@ def _walk_queries(
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         b_do = load_tile(p_do, s_dot, i_b, i_h, o, shape[2], DV, BLOCK_M, BLOCK_V, MASKED, TMA)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_lse, b_delta = _load_rows(p_lse, p_delta, s_lse, o_q, shape[2], MASKED)
+        b_lse, b_delta = _load_rows(p_lse, p_delta, s_lse, o_q, shape[2], MASKED or TMA)
         b_q_segments = o_q
         if DOCUMENTS and MASKED:
             b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
@@ -189,6 +189,7 @@ def keys_kernel(
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
     DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
+    TAIL: constexpr,
 ):  # fmt: skip
     """dk, dv, and with SUMS the gradient of scores summed over queries, fp32 [B, H, Tk]. Grid: tiles of keys x key heads x batch;
     the query heads of a key head are summed here."""
@@ -208,7 +209,7 @@ def keys_kernel(
         b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_n, shape[3], -1)
     # the band as keys see it: -hi <= key - query <= -lo
     begin, full_begin, full_end, end = tile_range(
-        p_row, row, tl.minimum(row + BLOCK_N, shape[3]), shape[2], -band[1], -band[0], HAS_HI, HAS_LO, DOCUMENTS, BLOCK_M
+        p_row, row, tl.minimum(row + BLOCK_N, shape[3]), shape[2], -band[1], -band[0], HAS_HI, HAS_LO, DOCUMENTS, BLOCK_M, TAIL
     )
     b_k = load_tile(head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, row, shape[3], D, BLOCK_N, BLOCK_D, True, False)
     b_v = load_tile(head_of(p_v, s_v, i_b, i_kh, False), s_v[1], i_b, i_kh, row, shape[3], DV, BLOCK_N, BLOCK_V, True, False)
@@ -242,11 +243,12 @@ def keys_kernel(
             b_k_segments, p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_b, s_bias, D, DV, BLOCK_D,
             BLOCK_V, BLOCK_M, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, False,
         )  # fmt: skip
-        b_dk, b_dv, b_sums = _walk_queries(
-            b_dk, b_dv, b_sums, b_k, b_v, full_end, end, p_q, p_do, p_l, p_d, s_q[1], s_do[1], s_lse, i_b, i_h, o_n,
-            b_k_segments, p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_b, s_bias, D, DV, BLOCK_D,
-            BLOCK_V, BLOCK_M, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, True,
-        )  # fmt: skip
+        if TAIL:
+            b_dk, b_dv, b_sums = _walk_queries(
+                b_dk, b_dv, b_sums, b_k, b_v, full_end, end, p_q, p_do, p_l, p_d, s_q[1], s_do[1], s_lse, i_b, i_h, o_n,
+                b_k_segments, p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_b, s_bias, D, DV, BLOCK_D,
+                BLOCK_V, BLOCK_M, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, True,
+            )  # fmt: skip
         if SUMS:
             tl.store(p_sums + i_row * shape[3] + o_n, b_sums, mask=o_n < shape[3])
     store_tile(head_of(p_dk, s_dk, i_b, i_kh, False), b_dk * numbers[0], s_dk[1], row, shape[3], D, BLOCK_N, BLOCK_D, INTO)

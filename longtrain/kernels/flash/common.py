@@ -63,10 +63,11 @@ def ranges_kernel(p_rows, p_columns, p_ranges, rows, columns, CHUNK: constexpr):
 
 @jit
 def tile_range(
-    p_ranges, row, row_end, columns, lo, hi, HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, BLOCK: constexpr
-):
+    p_ranges, row, row_end, columns, lo, hi,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, BLOCK: constexpr, TAIL: constexpr,
+):  # fmt: skip
     """(begin, full_begin, full_end, end), multiples of BLOCK but for the end: the columns c that rows [row, row_end) see under
-    lo <= row - c <= hi, and among them whole tiles that need no mask."""
+    lo <= row - c <= hi, and among them whole tiles that need no mask; without TAIL these go on to the end, beyond the last column."""
     begin = row * 0
     end = begin + columns
     full_begin = begin
@@ -79,6 +80,9 @@ def tile_range(
         full_end = tl.maximum(tl.minimum(row + 1 - lo, columns), 0)
     begin = begin // BLOCK * BLOCK
     full_begin = (full_begin + BLOCK - 1) // BLOCK * BLOCK
+    if not TAIL:
+        full_begin = tl.minimum(full_begin, end)
+        return tl.multiple_of(begin, BLOCK), full_begin, end, end
     full_end = full_end // BLOCK * BLOCK
     if DOCUMENTS:
         begin = tl.maximum(begin, tl.load(p_ranges) * BLOCK)

@@ -91,7 +91,7 @@ def forward_kernel(
         p_row = p_ranges + (i_b * tiles + i_m).to(tl.int64) * 4
         b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_m, shape[2], -2)
     begin, full_begin, full_end, end = tile_range(
-        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N
+        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N, True
     )
     slope = 0.0
     if ALIBI:

@@ -42,7 +42,7 @@ class FlashKernel:
         if needs.device != "cuda" and not self.interpret:
             reasons.append(f"runs on CUDA GPUs, not on {needs.device}")
         elif needs.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-            reasons.append("needs a GPU of compute capability 8.0 or more")
+            reasons.append("needs a GPU of compute capability 8.0 or above")
         if not has_triton():
             reasons.append("Triton is not installed")
         if needs.dtype not in DTYPES:
@@ -168,6 +168,8 @@ def _keys(call: _Call, rows: Rows, grads: Grads, into: bool, sums: bool) -> Tens
         SUMS=sums,
         INTO=into,
         TMA=tma,
+        # queries beyond the last need no mask where they are read as 0: their lse of +inf makes their probabilities 0
+        TAIL=not tma or call.constants["HAS_HI"] or call.constants["DOCUMENTS"],
     )
     return partial
 
