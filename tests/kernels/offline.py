@@ -2,7 +2,8 @@
 
 `python -m tests.kernels.offline BATCH LENGTH HEADS KV_HEADS DIM DTYPE [causal|full|window]`
 
-Prints one JSON line a kernel: name, registers, stack and spills, shared memory in bytes, instructions. TRITON_INTERPRET must be off.
+Prints one JSON line a kernel: name, registers, stack and spills, shared memory in bytes, counts of instructions.
+TRITON_INTERPRET must be off.
 """
 
 from __future__ import annotations

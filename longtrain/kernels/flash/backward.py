@@ -278,11 +278,19 @@ def bias_kernel(
     for i in range(0, batches * heads):
         i_b, i_h = i_bb + i // heads, i_bh + i % heads
         i_kh = i_h // shape[1]
-        b_q = load_tile(head_of(p_q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, i_m * BLOCK_M, shape[2], D, BLOCK_M, BLOCK_D, True, False)
-        b_k = load_tile(head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, i_n * BLOCK_N, shape[3], D, BLOCK_N, BLOCK_D, True, False)
+        b_q = load_tile(
+            head_of(p_q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, i_m * BLOCK_M, shape[2], D, BLOCK_M, BLOCK_D, True, False
+        )
+        b_k = load_tile(
+            head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, i_n * BLOCK_N, shape[3], D, BLOCK_N, BLOCK_D, True, False
+        )
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_do = load_tile(head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, i_m * BLOCK_M, shape[2], DV, BLOCK_M, BLOCK_V, True, False)
-        b_v = load_tile(head_of(p_v, s_v, i_b, i_kh, False), s_v[1], i_b, i_kh, i_n * BLOCK_N, shape[3], DV, BLOCK_N, BLOCK_V, True, False)
+        b_do = load_tile(
+            head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, i_m * BLOCK_M, shape[2], DV, BLOCK_M, BLOCK_V, True, False
+        )
+        b_v = load_tile(
+            head_of(p_v, s_v, i_b, i_kh, False), s_v[1], i_b, i_kh, i_n * BLOCK_N, shape[3], DV, BLOCK_N, BLOCK_V, True, False
+        )
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         p_l = p_lse + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
         p_d = p_delta + (i_b * shape[0] + i_h).to(tl.int64) * shape[2]

@@ -130,9 +130,7 @@ def load_tile(
 
 
 @jit
-def store_tile(
-    p_x, b_x, s_t, o_t, length, WIDTH: constexpr, BLOCK_T: constexpr, BLOCK_W: constexpr, ADD: constexpr
-):
+def store_tile(p_x, b_x, s_t, o_t, length, WIDTH: constexpr, BLOCK_T: constexpr, BLOCK_W: constexpr, ADD: constexpr):
     """Writes rows from o_t on, or adds to them."""
     o_r = o_t + tl.arange(0, BLOCK_T)
     o_w = tl.arange(0, BLOCK_W)
@@ -177,9 +175,7 @@ def tanh(x):
 
 
 @jit
-def scores(
-    b_s, o_q, o_k, shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr
-):
+def scores(b_s, o_q, o_k, shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr):
     """Scores times log2(e) of plain products, and the derivative of the soft-cap (1 without one)."""
     b_slope = 1.0
     if not (SOFTCAP or ALIBI or BIAS):

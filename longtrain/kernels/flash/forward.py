@@ -34,9 +34,7 @@ def _walk(
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         o_k = o_n + tl.arange(0, BLOCK_N)
         if not PLAIN:
-            b_s, _ = scores(
-                b_s, o_m[:, None], o_k[None, :], shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS
-            )
+            b_s, _ = scores(b_s, o_m[:, None], o_k[None, :], shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS)
         if MASKED:
             b_k_segments = o_k
             if DOCUMENTS:

@@ -32,9 +32,7 @@ class FlashKernel:
 
     name = "triton"
 
-    def __init__(
-        self, *, tiles: Tiles = TABLE, precision: str = "ieee", descriptors: bool = True, interpret: bool = False
-    ) -> None:
+    def __init__(self, *, tiles: Tiles = TABLE, precision: str = "ieee", descriptors: bool = True, interpret: bool = False) -> None:
         self.tiles, self.precision, self.descriptors, self.interpret = tiles, precision, descriptors, interpret
 
     def refuses(self, needs: Needs) -> list[str]:
@@ -312,4 +310,3 @@ def _describable(x: Tensor) -> bool:
 
 def _four(bias: Tensor) -> Tensor:
     return bias[(None,) * (4 - bias.ndim)]
-
