@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 
 class _Missing:
@@ -25,7 +25,10 @@ except ImportError:
     triton = tl = _Missing()
 
 jit: Any = triton.jit
-constexpr: Any = tl.constexpr
+if TYPE_CHECKING:
+    constexpr: TypeAlias = Any
+else:
+    constexpr = tl.constexpr
 
 
 def has_triton() -> bool:

@@ -18,7 +18,7 @@ from longtrain.attention.dropout import keep_mask
 from longtrain.attention.merge import empty_partial, zero_grads
 from longtrain.attention.reference import ReferenceKernel
 from longtrain.kernels.flash import FlashKernel
-from longtrain.kernels.flash.tiles import TABLE, Pass, Tile, Tiles, tile_for
+from longtrain.kernels.flash.tiles import COMPACT, TABLE, Pass, Tile, Tiles, tile_for
 from longtrain.kernels.language import has_triton, interprets
 from tests.attention_cases import Case, cases, check_kernel
 
@@ -216,6 +216,7 @@ def test_every_width_has_a_tile() -> None:
         for size in (2, 4):
             for width in (16, 32, 64, 128, 256):
                 assert tile_for(kernel, width, size) in TABLE.values()
+                assert tile_for(kernel, width, size, COMPACT) in COMPACT.values()
 
 
 @pytest.mark.skipif(shutil.which("ptxas") is None and not has_triton(), reason="no ptxas to compile with")
@@ -228,7 +229,7 @@ def test_compiles_for_hopper_without_spilling(dim: int) -> None:
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert [kernel["kernel"] for kernel in kernels] == ["forward_kernel", "queries_kernel", "keys_kernel"]
     for kernel in kernels:
-        assert kernel["spilled"] == kernel["stack"] == 0, kernel
+        assert (kernel["spilled"], kernel["stack"]) == (0, 0), kernel
         assert kernel["HGMMA"] > 0, kernel
         assert kernel["UTMALDG"] > 0, kernel
         assert "HMMA" not in kernel, kernel

@@ -16,7 +16,7 @@ from longtrain.attention import AttentionMask, AttentionSpec, Band, Block
 from longtrain.attention.merge import row_dot
 from longtrain.attention.reference import ReferenceKernel
 from longtrain.kernels.flash import FlashKernel
-from longtrain.kernels.flash.tiles import TABLE, Pass, tile_for
+from longtrain.kernels.flash.tiles import COMPACT, TABLE, Pass, Tiles, tile_for
 from longtrain.kernels.local import LocalAttend
 from tests.attention_cases import BIAS_SHAPES, Case, check_kernel
 from tests.parity import results
@@ -106,13 +106,14 @@ def test_sweep(shard: int) -> None:
     assert not failures, f"{len(failures)} of {KINDS * DRAWS}:\n" + "\n".join(failures[:8])
 
 
+@pytest.mark.parametrize("tiles", [TABLE, COMPACT], ids=["table", "compact"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", sorted({width for _, width, _ in TABLE}))
-def test_every_tile(width: int, dtype: torch.dtype) -> None:
+def test_every_tile(width: int, dtype: torch.dtype, tiles: Tiles) -> None:
     """Through descriptors and through pointers, over several tiles and a rest, with documents and without."""
-    assert all(tile_for(kernel, width, dtype.itemsize) in TABLE.values() for kernel in Pass)
+    assert all(tile_for(kernel, width, dtype.itemsize, tiles) in tiles.values() for kernel in Pass)
     for descriptors in (True, False) if dtype != torch.float32 else (False,):
-        kernel = FlashKernel(descriptors=descriptors)
+        kernel = FlashKernel(tiles=tiles, descriptors=descriptors)
         for case in (
             Case(Band.causal(), 601, None, 1, 4, 2, width),
             Case(Band.full(), 385, 300, 1, 2, 2, width, bias="whole"),

@@ -88,12 +88,15 @@ def _walk_keys(
 @jit(do_not_specialize=DYNAMIC)
 def queries_kernel(
     q, k, v, p_do, p_lse, p_delta, p_dq, p_sums, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
-    s_q, s_k, s_v, s_do, s_lse, s_dq, s_q_segments, s_k_segments, s_bias, shape, band, origin, numbers,
+    s_q, s_k, s_v, s_do, s_lse, s_dq, s_q_segments, s_k_segments, s_bias,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
     DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
 ):  # fmt: skip
     """dq, and with SUMS the gradient of scores summed over keys, fp32 [B, H, Tq]. Grid: tiles of queries x heads x batch."""
+    shape, band = (heads, group, queries, keys), (lo, hi)
+    origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
     tiles = tl.cdiv(shape[2], BLOCK_M)
     i_m, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     if HAS_LO and not HAS_HI:
@@ -185,7 +188,8 @@ def _walk_queries(
 @jit(do_not_specialize=DYNAMIC)
 def keys_kernel(
     q, p_k, p_v, do, p_lse, p_delta, p_dk, p_dv, p_sums, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
-    s_q, s_k, s_v, s_do, s_lse, s_dk, s_dv, s_q_segments, s_k_segments, s_bias, shape, band, origin, numbers,
+    s_q, s_k, s_v, s_do, s_lse, s_dk, s_dv, s_q_segments, s_k_segments, s_bias,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
     DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
@@ -193,6 +197,8 @@ def keys_kernel(
 ):  # fmt: skip
     """dk, dv, and with SUMS the gradient of scores summed over queries, fp32 [B, H, Tk]. Grid: tiles of keys x key heads x batch;
     the query heads of a key head are summed here."""
+    shape, band = (heads, group, queries, keys), (lo, hi)
+    origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
     tiles = tl.cdiv(shape[3], BLOCK_N)
     kv_heads = shape[0] // shape[1]
     i_n, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -255,28 +261,32 @@ def keys_kernel(
     store_tile(head_of(p_dv, s_dv, i_b, i_kh, False), b_dv, s_dv[1], row, shape[3], DV, BLOCK_N, BLOCK_V, INTO)
 
 
-@jit(do_not_specialize=[*DYNAMIC, "batches", "heads"])
+@jit(do_not_specialize=[*DYNAMIC, "batches", "shared"])
 def bias_kernel(
     p_q, p_k, p_v, p_do, p_lse, p_delta, p_dbias, p_q_segments, p_k_segments, p_bias, p_slopes, p_seed,
-    s_q, s_k, s_v, s_do, s_lse, s_dbias, s_q_segments, s_k_segments, s_bias, shape, band, origin, numbers, batches, heads,
+    s_q, s_k, s_v, s_do, s_lse, s_dbias, s_q_segments, s_k_segments, s_bias,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
+    batches, shared,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, DROPOUT: constexpr,
     INTO: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """dbias with rows and columns, summed over the `batches` and `heads` that it is broadcast to.
+    """dbias with rows and columns, summed over the `batches` and `shared` heads that it is broadcast to.
 
     Grid: tiles of keys x tiles of queries x heads x batch of the bias.
     """
+    shape, band = (heads, group, queries, keys), (lo, hi)
+    origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
     columns, rows = tl.cdiv(shape[3], BLOCK_N), tl.cdiv(shape[2], BLOCK_M)
     i_n, rest = tl.program_id(0) % columns, tl.program_id(0) // columns
     i_m, rest = rest % rows, rest // rows
-    own_heads = shape[0] // heads
+    own_heads = shape[0] // shared
     i_bh, i_bb = rest % own_heads, rest // own_heads
     o_q = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_k = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i in range(0, batches * heads):
-        i_b, i_h = i_bb + i // heads, i_bh + i % heads
+    for i in range(0, batches * shared):
+        i_b, i_h = i_bb + i // shared, i_bh + i % shared
         i_kh = i_h // shape[1]
         b_q = load_tile(
             head_of(p_q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, i_m * BLOCK_M, shape[2], D, BLOCK_M, BLOCK_D, True, False

@@ -2,21 +2,21 @@
 
 Legend: i_ program index, o_ offset, m_ mask, p_ pointer, b_ block of values, s_ strides; M query rows and N key rows of a tile.
 Indices `o_q`, `o_k` and everything made of them broadcast, so that the same functions serve tiles [M, N] and [N, M].
-Tuples of arguments: s_* = strides of (batch, position, head); shape = (heads, query heads a key head, queries, keys);
+Tuples: s_* = strides of (batch, position, head); shape = (heads, query heads a key head, queries, keys);
 band = (lo, hi); origin = (q_start, k_start, stride); numbers = (scale, softcap, dropout threshold, 1 / (1 - dropout)).
 """
 
 from longtrain.kernels.language import constexpr, jit, tl
 
-LOG2E = constexpr(1.4426950408889634)
-LN2 = constexpr(0.6931471805599453)
-NONE = constexpr(0x7FFFFFFF)
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NONE = tl.constexpr(0x7FFFFFFF)
 
-# what changes from call to call must not compile a kernel anew
-DYNAMIC = ["shape", "band", "origin", "numbers", "s_lse", "s_q_segments", "s_k_segments", "s_bias", "s_dbias", "s_sums"]
+# what changes from call to call must not compile a kernel anew; as elements of a tuple they would. Lengths and groups are worth it
+DYNAMIC = ["heads", "lo", "hi", "q_start", "k_start", "stride", "threshold"]
 
 
-@jit(do_not_specialize=["s_segments", "length", "tiles"])
+@jit(do_not_specialize=["length", "tiles"])
 def spans_kernel(p_segments, p_spans, s_segments, length, tiles, BLOCK: constexpr):
     """Per tile of positions: least document, greatest document, and the only document where there is one and no padding."""
     i_b, i_t = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -67,7 +67,7 @@ def tile_range(
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, BLOCK: constexpr, TAIL: constexpr,
 ):  # fmt: skip
     """(begin, full_begin, full_end, end), multiples of BLOCK but for the end: the columns c that rows [row, row_end) see under
-    lo <= row - c <= hi, and among them whole tiles that need no mask; without TAIL these go on to the end, beyond the last column."""
+    lo <= row - c <= hi, and among them whole tiles that need no mask; without TAIL these go on beyond the last column."""
     begin = row * 0
     end = begin + columns
     full_begin = begin

@@ -68,12 +68,15 @@ def _walk(
 @jit(do_not_specialize=DYNAMIC)
 def forward_kernel(
     q, k, v, p_out, p_lse, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
-    s_q, s_k, s_v, s_out, s_lse, s_q_segments, s_k_segments, s_bias, shape, band, origin, numbers,
+    s_q, s_k, s_v, s_out, s_lse, s_q_segments, s_k_segments, s_bias,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
     DROPOUT: constexpr, PLAIN: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
 ):  # fmt: skip
     """out [B, Tq, H, DV] and lse [B, H, Tq]; INTO merges with what they hold. Grid: tiles of queries x heads x batch."""
+    shape, band = (heads, group, queries, keys), (lo, hi)
+    origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
     tiles = tl.cdiv(shape[2], BLOCK_M)
     i_m, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     if HAS_LO and not HAS_HI:

@@ -13,7 +13,7 @@ from longtrain.attention.merge import cast_like, empty_partial, zero_grads
 from longtrain.attention.protocol import Block, Grads, Needs, Partial
 from longtrain.attention.spec import AttentionSpec
 from longtrain.errors import KernelError
-from longtrain.kernels.flash.tiles import TABLE, Pass, Tile, Tiles, tile_for
+from longtrain.kernels.flash.tiles import COMPACT, TABLE, Pass, Tile, Tiles, tile_for
 from longtrain.kernels.language import has_triton
 
 WIDEST = 256
@@ -25,14 +25,16 @@ CHUNK = 1024
 class FlashKernel:
     """FlashAttention (Dao et al. 2022, 2023) in Triton; every result is the same bits in every run.
 
-    tiles: which tile sizes to use (a table with a fallback; nothing is tuned at start). precision: of fp32 products, "ieee" or
-    "tf32". descriptors: read tiles through Hopper's tensor memory accelerator where it is there and strides allow.
+    tiles: which tile sizes to use; None: the table of the device (nothing is tuned at start). precision: of fp32 products, "ieee"
+    or "tf32". descriptors: read tiles through Hopper's tensor memory accelerator where it is there and strides allow.
     interpret: run on the CPU in Triton's interpreter, for tests; TRITON_INTERPRET=1 must be set before Triton is imported.
     """
 
     name = "triton"
 
-    def __init__(self, *, tiles: Tiles = TABLE, precision: str = "ieee", descriptors: bool = True, interpret: bool = False) -> None:
+    def __init__(
+        self, *, tiles: Tiles | None = None, precision: str = "ieee", descriptors: bool = True, interpret: bool = False
+    ) -> None:
         self.tiles, self.precision, self.descriptors, self.interpret = tiles, precision, descriptors, interpret
 
     def refuses(self, needs: Needs) -> list[str]:
@@ -101,7 +103,7 @@ class FlashKernel:
         call = _Call(self, q, k, v, block, spec)
         rows = (_rows(dout.to(q.dtype)), lse, delta.contiguous())
         grads = into or Grads(*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)))
-        shape = None if call.bias is None else _four(spec.bias).shape
+        shape = None if spec.bias is None else _four(spec.bias).shape
         over_keys, over_queries = (shape is not None and shape[3] == 1), (shape is not None and shape[2] == 1 < shape[3])
         q_sums = _queries(call, rows, grads.dq, into is not None, over_keys)
         k_sums = _keys(call, rows, grads, into is not None, over_queries)
@@ -198,6 +200,7 @@ class _Call:
         self.kernel = kernel
         self.q, self.k, self.v = (_rows(x) for x in (q, k, v))
         (batch, queries, heads, dim), (_, keys, kv_heads, value_dim) = q.shape, v.shape
+        self.hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
         self.block_d, self.block_v = _padded(dim), _padded(value_dim)
         self.segments = (block.q_segments, block.k_segments)
         self.bias = None if spec.bias is None else _four(spec.bias.detach()).expand(batch, heads, queries, keys)
@@ -209,10 +212,10 @@ class _Call:
         hi = None if hi is None or hi >= queries - 1 else hi
         threshold = min(round(spec.dropout * 2**32), 2**32 - 1)
         self.scalars = (
-            (heads, heads // kv_heads, queries, keys),
-            (lo or 0, hi or 0),
-            (block.q_start, block.k_start, block.stride),
-            (float(spec.scale_for(dim)), float(spec.softcap or 1.0), threshold, 1 / (1 - spec.dropout)),
+            *(heads, heads // kv_heads, queries, keys),
+            *(lo or 0, hi or 0),
+            *(block.q_start, block.k_start, block.stride),
+            *(float(spec.scale_for(dim)), float(spec.softcap or 1.0), threshold, 1 / (1 - spec.dropout)),
         )
         self.constants: dict[str, Any] = {
             "D": dim,
@@ -229,7 +232,8 @@ class _Call:
         }
 
     def tile(self, kernel: Pass) -> Tile:
-        return tile_for(kernel, max(self.block_d, self.block_v), self.q.element_size(), self.kernel.tiles)
+        tiles = self.kernel.tiles or (COMPACT if self.q.is_cuda and not self.hopper else TABLE)
+        return tile_for(kernel, max(self.block_d, self.block_v), self.q.element_size(), tiles)
 
     def count(self, length: int, tile: int) -> int:
         return -(-length // tile)
@@ -263,8 +267,8 @@ class _Call:
     def tiled(self, rows: int, **tensors: Tensor) -> tuple[Any, Any, bool]:
         """Two tensors as descriptors of tiles of `rows` where the hardware has them and both allow, else as they are."""
         (a, b) = tensors.values()
-        usable = self.kernel.interpret or (a.is_cuda and torch.cuda.get_device_capability(a.device) >= (9, 0))
-        if not (self.kernel.descriptors and usable and a.element_size() == 2 and _describable(a) and _describable(b)):
+        usable = self.kernel.descriptors and (self.kernel.interpret or self.hopper)
+        if not (usable and a.element_size() == 2 and _describable(a) and _describable(b)):
             return a, b, False
         from triton.tools.tensor_descriptor import TensorDescriptor
 
