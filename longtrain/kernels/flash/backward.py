@@ -21,13 +21,13 @@ from longtrain.kernels.language import constexpr, jit, tl
 
 
 @jit
-def _load_rows(p_lse, p_delta, s_lse, o_q, queries, BOUNDED: constexpr):
-    """lse times log2(e), with +inf where a row sees nothing or does not exist, so that its probabilities are 0; delta."""
+def _load_rows(p_lse, p_delta, o_q, queries, BOUNDED: constexpr):
+    """Both are contiguous. lse times log2(e), with +inf where a row sees nothing or does not exist, so that its probabilities are 0; delta."""
     if BOUNDED:
-        b_lse = tl.load(p_lse + o_q.to(tl.int64) * s_lse[2], mask=o_q < queries, other=float("-inf"))
+        b_lse = tl.load(p_lse + o_q, mask=o_q < queries, other=float("-inf"))
         b_delta = tl.load(p_delta + o_q, mask=o_q < queries, other=0.0)
     else:
-        b_lse = tl.load(p_lse + o_q.to(tl.int64) * s_lse[2])
+        b_lse = tl.load(p_lse + o_q)
         b_delta = tl.load(p_delta + o_q)
     return tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634), b_delta
 
@@ -126,8 +126,8 @@ def queries_kernel(
     b_q = load_tile(head_of(q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, row, shape[2], D, BLOCK_M, BLOCK_D, True, False)
     b_do = load_tile(head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, row, shape[2], DV, BLOCK_M, BLOCK_V, True, False)
     p_lse += i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
-    p_delta += i_bh.to(tl.int64) * shape[2]
-    b_lse, b_delta = _load_rows(p_lse, p_delta, s_lse, o_m, shape[2], True)
+    p_delta += i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
+    b_lse, b_delta = _load_rows(p_lse, p_delta, o_m, shape[2], True)
     p_k = head_of(k, s_k, i_b, i_kh, TMA)
     p_v = head_of(v, s_v, i_b, i_kh, TMA)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -169,7 +169,7 @@ def _walk_queries(
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         b_do = load_tile(p_do, s_dot, i_b, i_h, o, shape[2], DV, BLOCK_M, BLOCK_V, MASKED, TMA)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_lse, b_delta = _load_rows(p_lse, p_delta, s_lse, o_q, shape[2], MASKED or TMA)
+        b_lse, b_delta = _load_rows(p_lse, p_delta, o_q, shape[2], MASKED or TMA)
         b_q_segments = o_q
         if DOCUMENTS and MASKED:
             b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
@@ -236,7 +236,7 @@ def keys_kernel(
         p_q = head_of(q, s_q, i_b, i_h, TMA)
         p_do = head_of(do, s_do, i_b, i_h, TMA)
         p_l = p_lse + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
-        p_d = p_delta + i_row * shape[2]
+        p_d = p_delta + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
         b_sums = tl.zeros([BLOCK_N], tl.float32)
         if HAS_LO or DOCUMENTS:
             b_dk, b_dv, b_sums = _walk_queries(
@@ -303,8 +303,8 @@ def bias_kernel(
         )
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         p_l = p_lse + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
-        p_d = p_delta + (i_b * shape[0] + i_h).to(tl.int64) * shape[2]
-        b_lse, b_delta = _load_rows(p_l, p_d, s_lse, o_q, shape[2], True)
+        p_d = p_delta + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
+        b_lse, b_delta = _load_rows(p_l, p_d, o_q, shape[2], True)
         slope = 0.0
         if ALIBI:
             slope = tl.load(p_slopes + i_h)

@@ -12,8 +12,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NONE = tl.constexpr(0x7FFFFFFF)
 
-# what changes from call to call must not compile a kernel anew; as elements of a tuple they would. Lengths and groups are worth it
-DYNAMIC = ["heads", "lo", "hi", "q_start", "k_start", "stride", "threshold"]
+# what changes from call to call must not compile a kernel anew; as elements of a tuple these would. A length of 1 as a constant
+# crashes ptxas besides. Groups of query heads are left out: a loop over one head is none, which saves registers.
+DYNAMIC = ["heads", "queries", "keys", "lo", "hi", "q_start", "k_start", "stride", "threshold"]
 
 
 @jit(do_not_specialize=["length", "tiles"])

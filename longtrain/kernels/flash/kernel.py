@@ -101,7 +101,7 @@ class FlashKernel:
         if block.band.cover(q.shape[1], k.shape[1]) is Cover.EMPTY or q.numel() == 0:
             return cast_like(zero_grads(q, k, v, spec.bias), q, k, v, spec.bias) if into is None else into
         call = _Call(self, q, k, v, block, spec)
-        rows = (_rows(dout.to(q.dtype)), lse, delta.contiguous())
+        rows = (_rows(dout.to(q.dtype)), lse.contiguous(), delta.contiguous())
         grads = into or Grads(*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)))
         shape = None if spec.bias is None else _four(spec.bias).shape
         over_keys, over_queries = (shape is not None and shape[3] == 1), (shape is not None and shape[2] == 1 < shape[3])
