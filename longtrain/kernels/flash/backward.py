@@ -22,7 +22,8 @@ from longtrain.kernels.language import constexpr, jit, tl
 
 @jit
 def _load_rows(p_lse, p_delta, o_q, queries, BOUNDED: constexpr):
-    """Both are contiguous. lse times log2(e), with +inf where a row sees nothing or does not exist, so that its probabilities are 0; delta."""
+    """lse times log2(e), with +inf where a row sees nothing or does not exist, so that its probabilities are 0; delta. Both are
+    contiguous."""
     if BOUNDED:
         b_lse = tl.load(p_lse + o_q, mask=o_q < queries, other=float("-inf"))
         b_delta = tl.load(p_delta + o_q, mask=o_q < queries, other=0.0)
