@@ -2,7 +2,7 @@
 
 Every element is owned by one program and summed in one order, so two runs are equal bit for bit. Probabilities are recomputed from
 lse. For dk and dv the products are computed transposed, K Q^T and V dO^T: transposing a product held in registers gives wrong
-numbers on Hopper (Triton 3.4 to 3.7).
+numbers on Hopper (Triton 3.4 to 3.7). p_lse and p_delta come padded to whole tiles (`kernel.padded_rows`).
 """
 
 from longtrain.kernels.flash.common import (
@@ -18,19 +18,6 @@ from longtrain.kernels.flash.common import (
     visible,
 )
 from longtrain.kernels.language import constexpr, jit, tl
-
-
-@jit
-def _load_rows(p_lse, p_delta, o_q, queries, BOUNDED: constexpr):
-    """lse times log2(e), with +inf where a row sees nothing or does not exist, so that its probabilities are 0; delta. Both are
-    contiguous."""
-    if BOUNDED:
-        b_lse = tl.load(p_lse + o_q, mask=o_q < queries, other=float("-inf"))
-        b_delta = tl.load(p_delta + o_q, mask=o_q < queries, other=0.0)
-    else:
-        b_lse = tl.load(p_lse + o_q)
-        b_delta = tl.load(p_delta + o_q)
-    return tl.where(b_lse == float("-inf"), float("inf"), b_lse * 1.4426950408889634), b_delta
 
 
 @jit
@@ -128,7 +115,7 @@ def queries_kernel(
     b_do = load_tile(head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, row, shape[2], DV, BLOCK_M, BLOCK_V, True, False)
     p_lse += i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
     p_delta += i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
-    b_lse, b_delta = _load_rows(p_lse, p_delta, o_m, shape[2], True)
+    b_lse, b_delta = tl.load(p_lse + o_m), tl.load(p_delta + o_m)
     p_k = head_of(k, s_k, i_b, i_kh, TMA)
     p_v = head_of(v, s_v, i_b, i_kh, TMA)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -170,7 +157,7 @@ def _walk_queries(
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         b_do = load_tile(p_do, s_dot, i_b, i_h, o, shape[2], DV, BLOCK_M, BLOCK_V, MASKED, TMA)
         b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_lse, b_delta = _load_rows(p_lse, p_delta, o_q, shape[2], MASKED or TMA)
+        b_lse, b_delta = tl.load(p_lse + o_q), tl.load(p_delta + o_q)
         b_q_segments = o_q
         if DOCUMENTS and MASKED:
             b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
@@ -305,7 +292,7 @@ def bias_kernel(
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         p_l = p_lse + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
         p_d = p_delta + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
-        b_lse, b_delta = _load_rows(p_l, p_d, o_q, shape[2], True)
+        b_lse, b_delta = tl.load(p_l + o_q), tl.load(p_d + o_q)
         slope = 0.0
         if ALIBI:
             slope = tl.load(p_slopes + i_h)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from longtrain.attention.mask import Cover
 from longtrain.attention.merge import cast_like, empty_partial, zero_grads
@@ -18,6 +20,8 @@ from longtrain.kernels.language import has_triton
 
 WIDEST = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ROWS = 256
+"""A multiple of every tile's rows."""
 CHUNK = 1024
 """Tiles whose documents are read at once."""
 
@@ -101,7 +105,7 @@ class FlashKernel:
         if block.band.cover(q.shape[1], k.shape[1]) is Cover.EMPTY or q.numel() == 0:
             return cast_like(zero_grads(q, k, v, spec.bias), q, k, v, spec.bias) if into is None else into
         call = _Call(self, q, k, v, block, spec)
-        rows = (_rows(dout.to(q.dtype)), lse.contiguous(), delta.contiguous())
+        rows = (_rows(dout.to(q.dtype)), *padded_rows(lse, delta))
         grads = into or Grads(*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)))
         shape = None if spec.bias is None else _four(spec.bias).shape
         over_keys, over_queries = (shape is not None and shape[3] == 1), (shape is not None and shape[2] == 1 < shape[3])
@@ -124,8 +128,16 @@ class FlashKernel:
         return grads
 
 
+def padded_rows(lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """lse times log2(e) and delta, fp32 [B, H, Tq], padded so that tiles need no mask: in rows that do not exist or see nothing, +inf
+    makes probabilities 0."""
+    padding = (0, -lse.shape[-1] % ROWS)
+    exponents = torch.where(lse == -torch.inf, torch.inf, lse * math.log2(math.e))
+    return pad(exponents, padding, value=torch.inf).contiguous(), pad(delta, padding).contiguous()
+
+
 Rows = tuple[Tensor, Tensor, Tensor]
-"""dout, lse, delta."""
+"""dout and `padded_rows`."""
 
 
 def _queries(call: _Call, rows: Rows, dq: Tensor, into: bool, sums: bool) -> Tensor:
