@@ -129,8 +129,8 @@ class FlashKernel:
 
 
 def padded_rows(lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    """lse times log2(e) and delta, fp32 [B, H, Tq], padded so that tiles need no mask: in rows that do not exist or see nothing, +inf
-    makes probabilities 0."""
+    """lse times log2(e) and delta, fp32 [B, H, Tq], padded so that tiles need no mask: in rows that do not exist or see
+    nothing, +inf makes probabilities 0."""
     padding = (0, -lse.shape[-1] % ROWS)
     exponents = torch.where(lse == -torch.inf, torch.inf, lse * math.log2(math.e))
     return pad(exponents, padding, value=torch.inf).contiguous(), pad(delta, padding).contiguous()
