@@ -1,12 +1,16 @@
-"""One thread, fixed seeds, and memory that is NaN until written."""
+"""One thread, fixed seeds, memory that is NaN until written, and Triton's interpreter where there is no GPU."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported
 # fills torch.empty with NaN under deterministic algorithms, so that reading what nobody wrote fails a comparison
 torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
 

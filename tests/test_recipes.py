@@ -291,7 +291,11 @@ MEMBERS += [("zero.stage", str(stage)) for stage in range(4)]
 # what else a member needs to be accepted
 WITH = {("schedule.kind", "wsd"): ("schedule.decay_steps=2",)}
 # what a CPU cannot train, and can plan for a GPU
-ON_GPU = {("device", "cuda"): (), ("training.precision", "fp16"): ("device=cuda",)}
+ON_GPU = {
+    ("device", "cuda"): (),
+    ("training.precision", "fp16"): ("device=cuda",),
+    ("attention.kernel", "triton"): ("device=cuda",),
+}
 
 
 @pytest.mark.parametrize(("field", "value"), MEMBERS, ids=[f"{name}={value}" for name, value in MEMBERS])

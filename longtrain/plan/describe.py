@@ -46,11 +46,15 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("model state", f"about {state_bytes(plan) / 2**30:.3g} GiB on each rank (weights, gradients, master weights, moments)"),
         ("activations", f"{mode}: blocks hold about {held * model.layers / 2**30:.3g} GiB on each rank"),
         ("attention", attention),
-        ("kernel", plan.kernel.kernel.name + (" (plain torch: right, but slow on GPUs)" if plan.device == "cuda" else "")),
+        ("kernel", plan.kernel.kernel.name + (" (plain torch: right, but slow on GPUs)" if _slow(plan) else "")),
     ]
     lines += [(f"  not {name}", reason) for name, reason in plan.kernel.others.items()]
     lines += [("warning", warning) for warning in _warnings(plan)]
     return lines
+
+
+def _slow(plan: Plan) -> bool:
+    return plan.device == "cuda" and plan.kernel.kernel.name in ("memory_efficient", "reference")
 
 
 def _warnings(plan: Plan) -> Iterator[str]:

@@ -65,6 +65,7 @@ class Activations(StrEnum):
 
 class KernelName(StrEnum):
     AUTO = "auto"
+    TRITON = "triton"
     REFERENCE = "reference"
     MEMORY_EFFICIENT = "memory_efficient"
 
@@ -200,7 +201,8 @@ class AttentionSection(Section):
         default=KernelName.AUTO,
         strict=False,
         description="Attention kernel: auto (the fastest that can do the task), or one by name, which never falls back: "
-        "reference (plain PyTorch, memory grows with the square of the sequence), memory_efficient (plain PyTorch in tiles).",
+        "triton (CUDA GPUs), reference (plain PyTorch, memory grows with the square of the sequence), "
+        "memory_efficient (plain PyTorch in tiles).",
     )
 
 

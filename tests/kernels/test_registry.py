@@ -72,6 +72,14 @@ def test_none_can_gives_the_reasons_of_all() -> None:
     ]
 
 
+def test_auto_leaves_unproven_kernels_alone() -> None:
+    needs, unproven = replace(NEEDS, device="cuda"), Picky("triton", [])
+    choice = select(needs, candidates=(unproven, SLOW))
+    assert choice.kernel is SLOW
+    assert "ask for it by name" in choice.others["triton"]
+    assert select(needs, "triton", (unproven, SLOW)).kernel is unproven
+
+
 def test_there_is_always_a_kernel() -> None:
     everything = replace(
         NEEDS, kinds=frozenset(("full", "causal", "window", "band")), features=frozenset(("softcap", "alibi", "bias", "dropout"))

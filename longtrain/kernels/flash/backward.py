@@ -1,0 +1,317 @@
+"""Backward: dq by tiles of queries, dk and dv by tiles of keys, dbias by its own tiles. Legend in common.py.
+
+Every element is owned by one program and summed in one order, so two runs are equal bit for bit. Probabilities are recomputed from
+lse. For dk and dv the products are computed transposed, K Q^T and V dO^T: transposing a product held in registers gives wrong
+numbers on Hopper (Triton 3.4 to 3.7). p_lse and p_delta come padded to whole tiles (`kernel.padded_rows`).
+"""
+
+from longtrain.kernels.flash.common import (
+    DYNAMIC,
+    head_of,
+    head_word,
+    kept,
+    load_segments,
+    load_tile,
+    scores,
+    store_tile,
+    tile_range,
+    visible,
+)
+from longtrain.kernels.language import constexpr, jit, tl
+
+
+@jit
+def _gradients(
+    b_s, b_dp, b_lse, b_delta, o_q, o_k, b_q_segments, b_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
+    DROPOUT: constexpr, MASKED: constexpr,
+):  # fmt: skip
+    """(dropped probabilities, gradient of scores, gradient of scaled products) of a tile, in either orientation."""
+    b_s, b_slope = scores(b_s, o_q, o_k, shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS)
+    b_p = tl.exp2(b_s - b_lse)
+    if MASKED:
+        b_p = tl.where(visible(o_q, o_k, b_q_segments, b_k_segments, shape, band, HAS_LO, HAS_HI, DOCUMENTS), b_p, 0.0)
+    b_dropped = b_p
+    if DROPOUT:
+        m_kept = kept(word, o_q, o_k, origin, numbers)
+        b_dropped = tl.where(m_kept, b_p * numbers[3], 0.0)
+        b_dp = tl.where(m_kept, b_dp * numbers[3], 0.0)
+    b_ds = b_p * (b_dp - b_delta)
+    b_dx = b_ds
+    if SOFTCAP:
+        b_dx = b_ds * b_slope
+    return b_dropped, b_ds, b_dx
+
+
+@jit
+def _walk_keys(
+    b_dq, b_sums, b_q, b_do, b_lse, b_delta, begin, end, p_k, p_v, s_kt, s_vt, i_b, i_kh, o_m, b_q_segments, p_k_segments,
+    s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias,
+    D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_N: constexpr, HAS_LO: constexpr, HAS_HI: constexpr,
+    DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr, DROPOUT: constexpr, SUMS: constexpr,
+    PRECISION: constexpr, TMA: constexpr, MASKED: constexpr,
+):  # fmt: skip
+    """Adds what keys [begin, end) give to one tile of dq."""
+    for o_n in range(begin, end, BLOCK_N):
+        o_n = tl.multiple_of(o_n, BLOCK_N)
+        o_k = o_n + tl.arange(0, BLOCK_N)
+        b_k = load_tile(p_k, s_kt, i_b, i_kh, o_n, shape[3], D, BLOCK_N, BLOCK_D, MASKED, TMA)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_v = load_tile(p_v, s_vt, i_b, i_kh, o_n, shape[3], DV, BLOCK_N, BLOCK_V, MASKED, TMA)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_k_segments = o_k
+        if DOCUMENTS and MASKED:
+            b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
+        _, b_ds, b_dx = _gradients(
+            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_m[:, None], o_k[None, :], b_q_segments[:, None], b_k_segments[None, :],
+            shape, band, origin, numbers, slope, word, p_bias, s_bias, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT,
+            MASKED,
+        )  # fmt: skip
+        if SUMS:
+            b_sums += tl.sum(b_ds, 1)
+        b_dq = tl.dot(b_dx.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return b_dq, b_sums
+
+
+@jit(do_not_specialize=DYNAMIC)
+def queries_kernel(
+    q, k, v, p_do, p_lse, p_delta, p_dq, p_sums, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
+    s_q, s_k, s_v, s_do, s_lse, s_dq, s_q_segments, s_k_segments, s_bias,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
+    D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
+    DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
+):  # fmt: skip
+    """dq, and with SUMS the gradient of scores summed over keys, fp32 [B, H, Tq]. Grid: tiles of queries x heads x batch."""
+    shape, band = (heads, group, queries, keys), (lo, hi)
+    origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
+    tiles = tl.cdiv(shape[2], BLOCK_M)
+    i_m, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if HAS_LO and not HAS_HI:
+        i_m = tiles - 1 - i_m
+    i_b, i_h = i_bh // shape[0], i_bh % shape[0]
+    i_kh = i_h // shape[1]
+    row = i_m * BLOCK_M
+    o_m = row + tl.arange(0, BLOCK_M)
+
+    p_row = p_ranges
+    b_q_segments = o_m
+    if DOCUMENTS:
+        p_row = p_ranges + (i_b * tiles + i_m).to(tl.int64) * 4
+        b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_m, shape[2], -2)
+    begin, full_begin, full_end, end = tile_range(
+        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N, True
+    )
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(p_slopes + i_h)
+    word = i_h
+    if DROPOUT:
+        word = head_word(p_seed, i_b, i_h)
+    if BIAS:
+        p_bias += i_b.to(tl.int64) * s_bias[0] + i_h.to(tl.int64) * s_bias[1]
+
+    b_q = load_tile(head_of(q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, row, shape[2], D, BLOCK_M, BLOCK_D, True, False)
+    b_do = load_tile(head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, row, shape[2], DV, BLOCK_M, BLOCK_V, True, False)
+    p_lse += i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
+    p_delta += i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
+    b_lse, b_delta = tl.load(p_lse + o_m), tl.load(p_delta + o_m)
+    p_k = head_of(k, s_k, i_b, i_kh, TMA)
+    p_v = head_of(v, s_v, i_b, i_kh, TMA)
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_sums = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_HI or DOCUMENTS:
+        b_dq, b_sums = _walk_keys(
+            b_dq, b_sums, b_q, b_do, b_lse, b_delta, begin, full_begin, p_k, p_v, s_k[1], s_v[1], i_b, i_kh, o_m, b_q_segments,
+            p_k_segments, s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias, D, DV, BLOCK_D, BLOCK_V,
+            BLOCK_N, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, True,
+        )  # fmt: skip
+    b_dq, b_sums = _walk_keys(
+        b_dq, b_sums, b_q, b_do, b_lse, b_delta, full_begin, full_end, p_k, p_v, s_k[1], s_v[1], i_b, i_kh, o_m, b_q_segments,
+        p_k_segments, s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias, D, DV, BLOCK_D, BLOCK_V,
+        BLOCK_N, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, False,
+    )  # fmt: skip
+    b_dq, b_sums = _walk_keys(
+        b_dq, b_sums, b_q, b_do, b_lse, b_delta, full_end, end, p_k, p_v, s_k[1], s_v[1], i_b, i_kh, o_m, b_q_segments,
+        p_k_segments, s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias, D, DV, BLOCK_D, BLOCK_V,
+        BLOCK_N, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, True,
+    )  # fmt: skip
+    if SUMS:
+        tl.store(p_sums + i_bh.to(tl.int64) * shape[2] + o_m, b_sums, mask=o_m < shape[2])
+    store_tile(head_of(p_dq, s_dq, i_b, i_h, False), b_dq * numbers[0], s_dq[1], row, shape[2], D, BLOCK_M, BLOCK_D, INTO)
+
+
+@jit
+def _walk_queries(
+    b_dk, b_dv, b_sums, b_k, b_v, begin, end, p_q, p_do, p_lse, p_delta, s_qt, s_dot, s_lse, i_b, i_h, o_n, b_k_segments,
+    p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias,
+    D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, HAS_LO: constexpr, HAS_HI: constexpr,
+    DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr, DROPOUT: constexpr, SUMS: constexpr,
+    PRECISION: constexpr, TMA: constexpr, MASKED: constexpr,
+):  # fmt: skip
+    """Adds what queries [begin, end) of one head give to one tile of dk and dv."""
+    for o in range(begin, end, BLOCK_M):
+        o = tl.multiple_of(o, BLOCK_M)
+        o_q = o + tl.arange(0, BLOCK_M)
+        b_q = load_tile(p_q, s_qt, i_b, i_h, o, shape[2], D, BLOCK_M, BLOCK_D, MASKED, TMA)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        b_do = load_tile(p_do, s_dot, i_b, i_h, o, shape[2], DV, BLOCK_M, BLOCK_V, MASKED, TMA)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_lse, b_delta = tl.load(p_lse + o_q), tl.load(p_delta + o_q)
+        b_q_segments = o_q
+        if DOCUMENTS and MASKED:
+            b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
+        b_dropped, b_ds, b_dx = _gradients(
+            b_s, b_dp, b_lse[None, :], b_delta[None, :], o_q[None, :], o_n[:, None], b_q_segments[None, :], b_k_segments[:, None],
+            shape, band, origin, numbers, slope, word, p_bias, s_bias, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT,
+            MASKED,
+        )  # fmt: skip
+        if SUMS:
+            b_sums += tl.sum(b_ds, 1)
+        b_dv = tl.dot(b_dropped.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dk = tl.dot(b_dx.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    return b_dk, b_dv, b_sums
+
+
+@jit(do_not_specialize=DYNAMIC)
+def keys_kernel(
+    q, p_k, p_v, do, p_lse, p_delta, p_dk, p_dv, p_sums, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
+    s_q, s_k, s_v, s_do, s_lse, s_dk, s_dv, s_q_segments, s_k_segments, s_bias,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
+    D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
+    DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
+    TAIL: constexpr,
+):  # fmt: skip
+    """dk, dv, and with SUMS the gradient of scores summed over queries, fp32 [B, H, Tk]. Grid: tiles of keys x key heads x batch;
+    the query heads of a key head are summed here."""
+    shape, band = (heads, group, queries, keys), (lo, hi)
+    origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
+    tiles = tl.cdiv(shape[3], BLOCK_N)
+    kv_heads = shape[0] // shape[1]
+    i_n, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if HAS_HI and not HAS_LO:
+        i_n = tiles - 1 - i_n
+    i_b, i_kh = i_bh // kv_heads, i_bh % kv_heads
+    row = i_n * BLOCK_N
+    o_n = row + tl.arange(0, BLOCK_N)
+
+    p_row = p_ranges
+    b_k_segments = o_n
+    if DOCUMENTS:
+        p_row = p_ranges + (i_b * tiles + i_n).to(tl.int64) * 4
+        b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_n, shape[3], -1)
+    # the band as keys see it: -hi <= key - query <= -lo
+    begin, full_begin, full_end, end = tile_range(
+        p_row, row, tl.minimum(row + BLOCK_N, shape[3]), shape[2], -band[1], -band[0], HAS_HI, HAS_LO, DOCUMENTS, BLOCK_M, TAIL
+    )
+    b_k = load_tile(head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, row, shape[3], D, BLOCK_N, BLOCK_D, True, False)
+    b_v = load_tile(head_of(p_v, s_v, i_b, i_kh, False), s_v[1], i_b, i_kh, row, shape[3], DV, BLOCK_N, BLOCK_V, True, False)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for i_g in range(0, shape[1]):
+        i_h = i_kh * shape[1] + i_g
+        i_row = (i_b * shape[0] + i_h).to(tl.int64)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(p_slopes + i_h)
+        word = i_h
+        if DROPOUT:
+            word = head_word(p_seed, i_b, i_h)
+        p_b = p_bias
+        if BIAS:
+            p_b = p_bias + i_b.to(tl.int64) * s_bias[0] + i_h.to(tl.int64) * s_bias[1]
+        p_q = head_of(q, s_q, i_b, i_h, TMA)
+        p_do = head_of(do, s_do, i_b, i_h, TMA)
+        p_l = p_lse + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
+        p_d = p_delta + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
+        b_sums = tl.zeros([BLOCK_N], tl.float32)
+        if HAS_LO or DOCUMENTS:
+            b_dk, b_dv, b_sums = _walk_queries(
+                b_dk, b_dv, b_sums, b_k, b_v, begin, full_begin, p_q, p_do, p_l, p_d, s_q[1], s_do[1], s_lse, i_b, i_h, o_n,
+                b_k_segments, p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_b, s_bias, D, DV, BLOCK_D,
+                BLOCK_V, BLOCK_M, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, True,
+            )  # fmt: skip
+        b_dk, b_dv, b_sums = _walk_queries(
+            b_dk, b_dv, b_sums, b_k, b_v, full_begin, full_end, p_q, p_do, p_l, p_d, s_q[1], s_do[1], s_lse, i_b, i_h, o_n,
+            b_k_segments, p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_b, s_bias, D, DV, BLOCK_D,
+            BLOCK_V, BLOCK_M, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, False,
+        )  # fmt: skip
+        if TAIL:
+            b_dk, b_dv, b_sums = _walk_queries(
+                b_dk, b_dv, b_sums, b_k, b_v, full_end, end, p_q, p_do, p_l, p_d, s_q[1], s_do[1], s_lse, i_b, i_h, o_n,
+                b_k_segments, p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_b, s_bias, D, DV, BLOCK_D,
+                BLOCK_V, BLOCK_M, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, True,
+            )  # fmt: skip
+        if SUMS:
+            tl.store(p_sums + i_row * shape[3] + o_n, b_sums, mask=o_n < shape[3])
+    store_tile(head_of(p_dk, s_dk, i_b, i_kh, False), b_dk * numbers[0], s_dk[1], row, shape[3], D, BLOCK_N, BLOCK_D, INTO)
+    store_tile(head_of(p_dv, s_dv, i_b, i_kh, False), b_dv, s_dv[1], row, shape[3], DV, BLOCK_N, BLOCK_V, INTO)
+
+
+@jit(do_not_specialize=[*DYNAMIC, "batches", "shared"])
+def bias_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dbias, p_q_segments, p_k_segments, p_bias, p_slopes, p_seed,
+    s_q, s_k, s_v, s_do, s_lse, s_dbias, s_q_segments, s_k_segments, s_bias,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
+    batches, shared,
+    D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, DROPOUT: constexpr,
+    INTO: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """dbias with rows and columns, summed over the `batches` and `shared` heads that it is broadcast to.
+
+    Grid: tiles of keys x tiles of queries x heads x batch of the bias.
+    """
+    shape, band = (heads, group, queries, keys), (lo, hi)
+    origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
+    columns, rows = tl.cdiv(shape[3], BLOCK_N), tl.cdiv(shape[2], BLOCK_M)
+    i_n, rest = tl.program_id(0) % columns, tl.program_id(0) // columns
+    i_m, rest = rest % rows, rest // rows
+    own_heads = shape[0] // shared
+    i_bh, i_bb = rest % own_heads, rest // own_heads
+    o_q = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_k = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in range(0, batches * shared):
+        i_b, i_h = i_bb + i // shared, i_bh + i % shared
+        i_kh = i_h // shape[1]
+        b_q = load_tile(
+            head_of(p_q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, i_m * BLOCK_M, shape[2], D, BLOCK_M, BLOCK_D, True, False
+        )
+        b_k = load_tile(
+            head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, i_n * BLOCK_N, shape[3], D, BLOCK_N, BLOCK_D, True, False
+        )
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_do = load_tile(
+            head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, i_m * BLOCK_M, shape[2], DV, BLOCK_M, BLOCK_V, True, False
+        )
+        b_v = load_tile(
+            head_of(p_v, s_v, i_b, i_kh, False), s_v[1], i_b, i_kh, i_n * BLOCK_N, shape[3], DV, BLOCK_N, BLOCK_V, True, False
+        )
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        p_l = p_lse + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
+        p_d = p_delta + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
+        b_lse, b_delta = tl.load(p_l + o_q), tl.load(p_d + o_q)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(p_slopes + i_h)
+        word = i_h
+        if DROPOUT:
+            word = head_word(p_seed, i_b, i_h)
+        b_q_segments, b_k_segments = o_q, o_k
+        if DOCUMENTS:
+            b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
+            b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
+        p_b = p_bias + i_b.to(tl.int64) * s_bias[0] + i_h.to(tl.int64) * s_bias[1]
+        _, b_ds, _ = _gradients(
+            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_q[:, None], o_k[None, :], b_q_segments[:, None], b_k_segments[None, :],
+            shape, band, origin, numbers, slope, word, p_b, s_bias, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, True, DROPOUT, True,
+        )  # fmt: skip
+        b_sum += b_ds
+    p_out = p_dbias + i_bb.to(tl.int64) * s_dbias[0] + i_bh.to(tl.int64) * s_dbias[1]
+    p_out += o_q.to(tl.int64)[:, None] * s_dbias[2] + o_k.to(tl.int64)[None, :] * s_dbias[3]
+    m_out = (o_q < shape[2])[:, None] & (o_k < shape[3])[None, :]
+    if INTO:
+        b_sum += tl.load(p_out, mask=m_out, other=0.0)
+    tl.store(p_out, b_sum.to(p_dbias.dtype.element_ty), mask=m_out)

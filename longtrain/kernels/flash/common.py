@@ -1,0 +1,224 @@
+"""What the attention kernels share: which tiles hold something visible, how a tile is read, and what is done to its scores.
+
+Legend: i_ program index, o_ offset, m_ mask, p_ pointer, b_ block of values, s_ strides; M query rows and N key rows of a tile.
+Indices `o_q`, `o_k` and everything made of them broadcast, so that the same functions serve tiles [M, N] and [N, M].
+Tuples: s_* = strides of (batch, position, head); shape = (heads, query heads a key head, queries, keys);
+band = (lo, hi); origin = (q_start, k_start, stride); numbers = (scale, softcap, dropout threshold, 1 / (1 - dropout)).
+"""
+
+from longtrain.kernels.language import constexpr, jit, tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NONE = tl.constexpr(0x7FFFFFFF)
+
+# what changes from call to call must not compile a kernel anew; as elements of a tuple these would. A length of 1 as a constant
+# crashes ptxas besides. Groups of query heads are left out: a loop over one head is none, which saves registers.
+DYNAMIC = ["heads", "queries", "keys", "lo", "hi", "q_start", "k_start", "stride", "threshold"]
+
+
+@jit(do_not_specialize=["length", "tiles"])
+def spans_kernel(p_segments, p_spans, s_segments, length, tiles, BLOCK: constexpr):
+    """Per tile of positions: least document, greatest document, and the only document where there is one and no padding."""
+    i_b, i_t = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    o_t = i_t * BLOCK + tl.arange(0, BLOCK)
+    m_t = o_t < length
+    p_t = p_segments + i_b.to(tl.int64) * s_segments[0] + o_t.to(tl.int64) * s_segments[1]
+    b_s = tl.load(p_t, mask=m_t, other=-1)
+    least = tl.min(tl.where(b_s >= 0, b_s, NONE))
+    greatest = tl.max(tl.where(b_s >= 0, b_s, -1))
+    padding = tl.max(tl.where(m_t & (b_s < 0), 1, 0))
+    p_out = p_spans + tl.program_id(0).to(tl.int64) * 3
+    tl.store(p_out, least)
+    tl.store(p_out + 1, greatest)
+    tl.store(p_out + 2, tl.where((least == greatest) & (padding == 0), least, -1))
+
+
+@jit(do_not_specialize=["rows", "columns"])
+def ranges_kernel(p_rows, p_columns, p_ranges, rows, columns, CHUNK: constexpr):
+    """Per tile of rows, in tiles of columns: [begin, end) shares a document; [full_begin, full_end) is of the very same one."""
+    i_b = (tl.program_id(0) // rows).to(tl.int64)
+    p_row = p_rows + tl.program_id(0).to(tl.int64) * 3
+    least, greatest, only = tl.load(p_row), tl.load(p_row + 1), tl.load(p_row + 2)
+    begin, end = columns, columns * 0
+    full_begin, full_end = columns, columns
+    for o in range(0, columns, CHUNK):
+        o_c = o + tl.arange(0, CHUNK)
+        m_c = o_c < columns
+        p_c = p_columns + (i_b * columns + o_c) * 3
+        b_least = tl.load(p_c, mask=m_c, other=NONE)
+        b_greatest = tl.load(p_c + 1, mask=m_c, other=-1)
+        b_only = tl.load(p_c + 2, mask=m_c, other=-1)
+        m_touch = (b_least <= greatest) & (b_greatest >= least)
+        begin = tl.minimum(begin, tl.min(tl.where(m_touch, o_c, columns)))
+        end = tl.maximum(end, tl.max(tl.where(m_touch, o_c + 1, 0)))
+        m_full = (b_only == only) & (b_only >= 0)
+        full_begin = tl.minimum(full_begin, tl.min(tl.where(m_full, o_c, columns)))
+        full_end = tl.minimum(full_end, tl.min(tl.where(m_full | (o_c <= full_begin), columns, o_c)))
+    p_out = p_ranges + tl.program_id(0).to(tl.int64) * 4
+    tl.store(p_out, begin)
+    tl.store(p_out + 1, end)
+    tl.store(p_out + 2, full_begin)
+    tl.store(p_out + 3, full_end)
+
+
+@jit
+def tile_range(
+    p_ranges, row, row_end, columns, lo, hi,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, BLOCK: constexpr, TAIL: constexpr,
+):  # fmt: skip
+    """(begin, full_begin, full_end, end), multiples of BLOCK but for the end: the columns c that rows [row, row_end) see under
+    lo <= row - c <= hi, and among them whole tiles that need no mask; without TAIL these go on beyond the last column."""
+    begin = row * 0
+    end = begin + columns
+    full_begin = begin
+    full_end = end
+    if HAS_HI:
+        begin = tl.maximum(row - hi, 0)
+        full_begin = tl.maximum(row_end - 1 - hi, 0)
+    if HAS_LO:
+        end = tl.minimum(row_end - lo, columns)
+        full_end = tl.maximum(tl.minimum(row + 1 - lo, columns), 0)
+    begin = begin // BLOCK * BLOCK
+    full_begin = (full_begin + BLOCK - 1) // BLOCK * BLOCK
+    if not TAIL:
+        full_begin = tl.minimum(full_begin, end)
+        return tl.multiple_of(begin, BLOCK), full_begin, end, end
+    full_end = full_end // BLOCK * BLOCK
+    if DOCUMENTS:
+        begin = tl.maximum(begin, tl.load(p_ranges) * BLOCK)
+        end = tl.minimum(end, tl.load(p_ranges + 1) * BLOCK)
+        full_begin = tl.maximum(full_begin, tl.load(p_ranges + 2) * BLOCK)
+        full_end = tl.minimum(full_end, tl.load(p_ranges + 3) * BLOCK)
+    none = full_begin >= full_end
+    full_begin = tl.where(none, begin, full_begin)
+    full_end = tl.where(none, begin, full_end)
+    begin = tl.multiple_of(begin, BLOCK)
+    full_begin = tl.multiple_of(full_begin, BLOCK)
+    full_end = tl.multiple_of(full_end, BLOCK)
+    return begin, full_begin, full_end, end
+
+
+@jit
+def head_of(x, s_x, i_b, i_h, TMA: constexpr):
+    """Where the rows of one head begin; a descriptor knows that itself."""
+    if TMA:
+        return x
+    else:
+        return x + i_b.to(tl.int64) * s_x[0] + i_h.to(tl.int64) * s_x[2]
+
+
+@jit
+def load_tile(
+    p_x, s_t, i_b, i_h, o_t, length, WIDTH: constexpr, BLOCK_T: constexpr, BLOCK_W: constexpr, BOUNDED: constexpr, TMA: constexpr
+):
+    """[BLOCK_T, BLOCK_W] rows from o_t on; 0 beyond the width, and where BOUNDED beyond the length (TMA: always)."""
+    if TMA:
+        return p_x.load([i_b, o_t, i_h, 0]).reshape(BLOCK_T, BLOCK_W)
+    else:
+        o_r = tl.arange(0, BLOCK_T)
+        o_w = tl.arange(0, BLOCK_W)
+        # 32 bits suffice inside a tile (the launcher sees to it), not inside a tensor
+        p_tile = p_x + tl.cast(o_t, tl.int64) * s_t + (o_r[:, None] * s_t + o_w[None, :])
+        if BOUNDED and WIDTH != BLOCK_W:
+            return tl.load(p_tile, mask=(o_t + o_r < length)[:, None] & (o_w < WIDTH)[None, :], other=0.0)
+        elif BOUNDED:
+            return tl.load(p_tile, mask=(o_t + o_r < length)[:, None], other=0.0)
+        elif WIDTH != BLOCK_W:
+            return tl.load(p_tile, mask=(o_w < WIDTH)[None, :], other=0.0)
+        else:
+            return tl.load(p_tile)
+
+
+@jit
+def store_tile(p_x, b_x, s_t, o_t, length, WIDTH: constexpr, BLOCK_T: constexpr, BLOCK_W: constexpr, ADD: constexpr):
+    """Writes rows from o_t on, or adds to them."""
+    o_r = o_t + tl.arange(0, BLOCK_T)
+    o_w = tl.arange(0, BLOCK_W)
+    p_tile = p_x + o_r.to(tl.int64)[:, None] * s_t + o_w[None, :]
+    m_tile = (o_r < length)[:, None] & (o_w < WIDTH)[None, :]
+    if ADD:
+        b_x += tl.load(p_tile, mask=m_tile, other=0.0)
+    tl.store(p_tile, b_x.to(p_x.dtype.element_ty), mask=m_tile)
+
+
+@jit
+def load_segments(p_segments, s_segments, i_b, o_t, length, OTHER: constexpr):
+    """Documents of positions; padding and what is beyond the length become OTHER."""
+    p_t = p_segments + i_b.to(tl.int64) * s_segments[0] + o_t.to(tl.int64) * s_segments[1]
+    b_s = tl.load(p_t, mask=o_t < length, other=-1)
+    return tl.where(b_s < 0, OTHER, b_s)
+
+
+@jit
+def visible(o_q, o_k, b_q_segments, b_k_segments, shape, band, HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr):
+    """Which pairs of a tile see each other."""
+    m = (o_q < shape[2]) & (o_k < shape[3])
+    if HAS_LO:
+        m = m & (o_q - o_k >= band[0])
+    if HAS_HI:
+        m = m & (o_q - o_k <= band[1])
+    if DOCUMENTS:
+        m = m & (b_q_segments == b_k_segments)
+    return m
+
+
+@jit
+def tanh(x):
+    """Accurate near 0 too, where 1 - exp(-2x) cancels."""
+    a = tl.abs(x)
+    e = tl.exp2(a * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    y = a * a
+    near = a * (1.0 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
+    t = tl.where(a < 0.3, near, far)
+    return tl.where(x < 0, -t, t)
+
+
+@jit
+def scores(b_s, o_q, o_k, shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr):
+    """Scores times log2(e) of plain products, and the derivative of the soft-cap (1 without one)."""
+    b_slope = 1.0
+    if not (SOFTCAP or ALIBI or BIAS):
+        return b_s * (numbers[0] * LOG2E), b_slope
+    b_s = b_s * numbers[0]
+    if SOFTCAP:
+        b_t = tanh(b_s / numbers[1])
+        b_slope = 1.0 - b_t * b_t
+        b_s = b_t * numbers[1]
+    if ALIBI:
+        distance = (origin[0] - origin[1]) + origin[2] * (o_q - o_k)
+        b_s = b_s - slope * tl.abs(distance).to(tl.float32)
+    if BIAS:
+        m_b = (o_q < shape[2]) & (o_k < shape[3])
+        p_b = p_bias + (o_q.to(tl.int64) * s_bias[2] + o_k.to(tl.int64) * s_bias[3])
+        b_s = b_s + tl.load(p_b, mask=m_b, other=0.0).to(tl.float32)
+    return b_s * LOG2E, b_slope
+
+
+@jit
+def mix(x):
+    """fmix32, as attention/dropout.py."""
+    x = x ^ (x >> 16)
+    x = x * tl.cast(0x85EBCA6B, tl.uint32)
+    x = x ^ (x >> 13)
+    x = x * tl.cast(0xC2B2AE35, tl.uint32)
+    return x ^ (x >> 16)
+
+
+@jit
+def head_word(p_seed, i_b, i_h):
+    """The generator's state after seed and head."""
+    seed = tl.load(p_seed + i_b)
+    word = mix(mix((seed & 0xFFFFFFFF).to(tl.uint32)) ^ ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32))
+    return mix(word ^ (i_h.to(tl.uint32) * tl.cast(0x9E3779B1, tl.uint32)))
+
+
+@jit
+def kept(word, o_q, o_k, origin, numbers):
+    """What dropout leaves of a tile."""
+    b_q = (tl.cast(origin[0], tl.int64) + tl.cast(origin[2], tl.int64) * o_q).to(tl.uint32)
+    b_k = (tl.cast(origin[1], tl.int64) + tl.cast(origin[2], tl.int64) * o_k).to(tl.uint32)
+    b_word = mix(word ^ (b_q * tl.cast(0x85EBCA77, tl.uint32)))
+    b_word = mix(b_word ^ (b_k * tl.cast(0xC2B2AE3D, tl.uint32)))
+    return b_word >= tl.cast(numbers[2], tl.uint32)

@@ -1,0 +1,328 @@
+"""The attention primitive over the Triton kernels: refusals, shapes and launches."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from longtrain.attention.mask import Cover
+from longtrain.attention.merge import cast_like, empty_partial, zero_grads
+from longtrain.attention.protocol import Block, Grads, Needs, Partial
+from longtrain.attention.spec import AttentionSpec
+from longtrain.errors import KernelError
+from longtrain.kernels.flash.tiles import COMPACT, TABLE, Pass, Tile, Tiles, tile_for
+from longtrain.kernels.language import has_triton
+
+WIDEST = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ROWS = 256
+"""A multiple of every tile's rows."""
+CHUNK = 1024
+"""Tiles whose documents are read at once."""
+
+
+class FlashKernel:
+    """FlashAttention (Dao et al. 2022, 2023) in Triton; every result is the same bits in every run.
+
+    tiles: which tile sizes to use; None: the table of the device (nothing is tuned at start). precision: of fp32 products, "ieee"
+    or "tf32". descriptors: read tiles through Hopper's tensor memory accelerator where it is there and strides allow.
+    interpret: run on the CPU in Triton's interpreter, for tests; TRITON_INTERPRET=1 must be set before Triton is imported.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self, *, tiles: Tiles | None = None, precision: str = "ieee", descriptors: bool = True, interpret: bool = False
+    ) -> None:
+        self.tiles, self.precision, self.descriptors, self.interpret = tiles, precision, descriptors, interpret
+
+    def refuses(self, needs: Needs) -> list[str]:
+        reasons = []
+        if needs.device != "cuda" and not self.interpret:
+            reasons.append(f"runs on CUDA GPUs, not on {needs.device}")
+        elif needs.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+            reasons.append("needs a GPU of compute capability 8.0 or above")
+        if not has_triton():
+            reasons.append("Triton is not installed")
+        if needs.dtype not in DTYPES:
+            reasons.append(f"computes in fp16, bf16 and fp32, not in {str(needs.dtype).removeprefix('torch.')}")
+        elif self.interpret and needs.dtype == torch.bfloat16:
+            reasons.append("Triton's interpreter multiplies bf16 matrices wrongly")
+        for what, width in (("head", needs.head_dim), ("value head", needs.value_dim)):
+            if width > WIDEST:
+                reasons.append(f"has {what} dimensions up to {WIDEST}, not {width}")
+        return reasons
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec, *, into: Partial | None = None
+    ) -> Partial:
+        if block.band.cover(q.shape[1], k.shape[1]) is Cover.EMPTY or q.numel() == 0:
+            part = empty_partial(q, v.shape[-1]) if into is None else into
+            return part if into is not None else Partial(part.out.to(q.dtype), part.lse)
+        from longtrain.kernels.flash.forward import forward_kernel
+
+        (batch, queries, heads, _), value_dim = q.shape, v.shape[-1]
+        if into is None:
+            out = torch.empty(batch, queries, heads, value_dim, dtype=q.dtype, device=q.device)
+            into_, merge = Partial(out, torch.empty(batch, heads, queries, dtype=torch.float32, device=q.device)), False
+        else:
+            into_, merge = Partial(_accumulator(into.out), into.lse), True
+        call = _Call(self, q, k, v, block, spec)
+        tile = call.tile(Pass.FORWARD)
+        k_, v_, tma = call.tiled(tile.columns, k=call.k, v=call.v)
+        plain = not spec.features - {"dropout"} and spec.scale_for(q.shape[-1]) > 0
+        call.launch(
+            forward_kernel,
+            call.count(queries, tile.rows) * batch * heads,
+            tile,
+            (call.q, k_, v_, *into_, *call.segments, call.ranges(tile.rows, tile.columns), *call.modifiers),
+            (call.q, call.k, call.v, into_.out, into_.lse, *call.segments, call.bias),
+            BIAS=spec.bias is not None,
+            PLAIN=plain,
+            INTO=merge,
+            TMA=tma,
+        )
+        return into_ if into is None else into
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        delta: Tensor,
+        block: Block,
+        spec: AttentionSpec,
+        *,
+        into: Grads | None = None,
+    ) -> Grads:
+        if block.band.cover(q.shape[1], k.shape[1]) is Cover.EMPTY or q.numel() == 0:
+            return cast_like(zero_grads(q, k, v, spec.bias), q, k, v, spec.bias) if into is None else into
+        call = _Call(self, q, k, v, block, spec)
+        rows = (_rows(dout.to(q.dtype)), *padded_rows(lse, delta))
+        grads = into or Grads(*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)))
+        shape = None if spec.bias is None else _four(spec.bias).shape
+        over_keys, over_queries = (shape is not None and shape[3] == 1), (shape is not None and shape[2] == 1 < shape[3])
+        q_sums = _queries(call, rows, grads.dq, into is not None, over_keys)
+        k_sums = _keys(call, rows, grads, into is not None, over_queries)
+        if spec.bias is None or shape is None:
+            return grads
+        if over_keys or over_queries:
+            sums = q_sums if over_keys else k_sums
+            dbias = sums.sum_to_size(shape).view(spec.bias.shape)
+            if into is None:
+                return grads._replace(dbias=dbias.to(spec.bias.dtype))
+            if grads.dbias is not None:
+                grads.dbias.add_(dbias.view_as(grads.dbias))
+            return grads
+        if into is None:
+            grads = grads._replace(dbias=torch.empty(spec.bias.shape, dtype=spec.bias.dtype, device=q.device))
+        if grads.dbias is not None:
+            _bias(call, rows, _four(grads.dbias), into is not None)
+        return grads
+
+
+def padded_rows(lse: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """lse times log2(e) and delta, fp32 [B, H, Tq], padded so that tiles need no mask: in rows that do not exist or see
+    nothing, +inf makes probabilities 0."""
+    padding = (0, -lse.shape[-1] % ROWS)
+    exponents = torch.where(lse == -torch.inf, torch.inf, lse * math.log2(math.e))
+    return pad(exponents, padding, value=torch.inf).contiguous(), pad(delta, padding).contiguous()
+
+
+Rows = tuple[Tensor, Tensor, Tensor]
+"""dout and `padded_rows`."""
+
+
+def _queries(call: _Call, rows: Rows, dq: Tensor, into: bool, sums: bool) -> Tensor:
+    from longtrain.kernels.flash.backward import queries_kernel
+
+    batch, queries, heads, _ = call.q.shape
+    tile = call.tile(Pass.QUERIES)
+    k, v, tma = call.tiled(tile.columns, k=call.k, v=call.v)
+    partial = torch.empty(batch, heads, queries if sums else 0, 1, dtype=torch.float32, device=dq.device)
+    call.launch(
+        queries_kernel,
+        call.count(queries, tile.rows) * batch * heads,
+        tile,
+        (call.q, k, v, *rows, _accumulator(dq), partial, *call.segments, call.ranges(tile.rows, tile.columns), *call.modifiers),
+        (call.q, call.k, call.v, *rows[:2], dq, *call.segments, call.bias),
+        BIAS=call.bias is not None,
+        SUMS=sums,
+        INTO=into,
+        TMA=tma,
+    )
+    return partial
+
+
+def _keys(call: _Call, rows: Rows, grads: Grads, into: bool, sums: bool) -> Tensor:
+    from longtrain.kernels.flash.backward import keys_kernel
+
+    (batch, _, heads, _), (_, keys, kv_heads, _) = call.q.shape, call.k.shape
+    tile = call.tile(Pass.KEYS)
+    q, dout, tma = call.tiled(tile.rows, q=call.q, dout=rows[0])
+    partial = torch.empty(batch, heads, 1, keys if sums else 0, dtype=torch.float32, device=grads.dk.device)
+    ranges = call.ranges(tile.rows, tile.columns, of_keys=True)
+    dk, dv = _accumulator(grads.dk), _accumulator(grads.dv)
+    call.launch(
+        keys_kernel,
+        call.count(keys, tile.columns) * batch * kv_heads,
+        tile,
+        (q, call.k, call.v, dout, *rows[1:], dk, dv, partial, *call.segments, ranges, *call.modifiers),
+        (call.q, call.k, call.v, *rows[:2], dk, dv, *call.segments, call.bias),
+        BIAS=call.bias is not None,
+        SUMS=sums,
+        INTO=into,
+        TMA=tma,
+        # queries beyond the last need no mask where they are read as 0: their lse of +inf makes their probabilities 0
+        TAIL=not tma or call.constants["HAS_HI"] or call.constants["DOCUMENTS"],
+    )
+    return partial
+
+
+def _bias(call: _Call, rows: Rows, dbias: Tensor, into: bool) -> None:
+    from longtrain.kernels.flash.backward import bias_kernel
+
+    (batch, queries, heads, _), keys = call.q.shape, call.k.shape[1]
+    tile = call.tile(Pass.BIAS)
+    batches, shared = batch // dbias.shape[0], heads // dbias.shape[1]
+    call.launch(
+        bias_kernel,
+        call.count(queries, tile.rows) * call.count(keys, tile.columns) * dbias.shape[0] * dbias.shape[1],
+        tile,
+        (call.q, call.k, call.v, *rows, dbias, *call.segments, *call.modifiers),
+        (call.q, call.k, call.v, *rows[:2], dbias, *call.segments, call.bias),
+        (batches, shared),
+        INTO=into,
+    )
+
+
+class _Call:
+    """One block's tensors as kernels want them, and what all of its launches share."""
+
+    def __init__(self, kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> None:
+        if not q.dtype == k.dtype == v.dtype:
+            raise KernelError(f"attention kernel triton: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: give them one dtype")
+        self.kernel = kernel
+        self.q, self.k, self.v = (_rows(x) for x in (q, k, v))
+        (batch, queries, heads, dim), (_, keys, kv_heads, value_dim) = q.shape, v.shape
+        self.hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        self.block_d, self.block_v = _padded(dim), _padded(value_dim)
+        self.segments = (block.q_segments, block.k_segments)
+        self.bias = None if spec.bias is None else _four(spec.bias.detach()).expand(batch, heads, queries, keys)
+        slopes = None if spec.alibi_slopes is None else spec.alibi_slopes.to(q.device, torch.float32).contiguous()
+        seed = spec.dropout_seed.contiguous() if spec.dropout and spec.dropout_seed is not None else None
+        self.modifiers = (self.bias, slopes, seed)
+        lo, hi = block.band.lo, block.band.hi
+        lo = None if lo is None or lo <= 1 - keys else lo
+        hi = None if hi is None or hi >= queries - 1 else hi
+        threshold = min(round(spec.dropout * 2**32), 2**32 - 1)
+        self.scalars = (
+            *(heads, heads // kv_heads, queries, keys),
+            *(lo or 0, hi or 0),
+            *(block.q_start, block.k_start, block.stride),
+            *(float(spec.scale_for(dim)), float(spec.softcap or 1.0), threshold, 1 / (1 - spec.dropout)),
+        )
+        self.constants: dict[str, Any] = {
+            "D": dim,
+            "DV": value_dim,
+            "BLOCK_D": self.block_d,
+            "BLOCK_V": self.block_v,
+            "HAS_LO": lo is not None,
+            "HAS_HI": hi is not None,
+            "DOCUMENTS": block.q_segments is not None,
+            "SOFTCAP": spec.softcap is not None,
+            "ALIBI": slopes is not None,
+            "DROPOUT": seed is not None,
+            "PRECISION": kernel.precision,
+        }
+
+    def tile(self, kernel: Pass) -> Tile:
+        tiles = self.kernel.tiles or (COMPACT if self.q.is_cuda and not self.hopper else TABLE)
+        return tile_for(kernel, max(self.block_d, self.block_v), self.q.element_size(), tiles)
+
+    def count(self, length: int, tile: int) -> int:
+        return -(-length // tile)
+
+    def launch(
+        self, kernel: Any, grid: int, tile: Tile, pointers: tuple[Any, ...], strided: tuple[Tensor | None, ...],
+        more: tuple[int, ...] = (), **constants: Any,
+    ) -> None:  # fmt: skip
+        """pointers, then the strides of `strided` as tuples, then the scalars: the order of every kernel's arguments."""
+        strides = tuple((0, 0, 0, 0) if x is None else x.stride() for x in strided)
+        with self._device():
+            kernel[(grid,)](
+                *pointers, *strides, *self.scalars, *more, **self.constants, **constants,
+                BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+    def ranges(self, rows: int, columns: int, of_keys: bool = False) -> Tensor | None:
+        """int32 [B, tiles, 4]: which tiles of keys a tile of queries meets in a document, or the other way round."""
+        q_segments, k_segments = self.segments
+        if q_segments is None or k_segments is None:
+            return None
+        from longtrain.kernels.flash.common import ranges_kernel
+
+        q_spans, k_spans = self._spans(q_segments, rows), self._spans(k_segments, columns)
+        own, other = (k_spans, q_spans) if of_keys else (q_spans, k_spans)
+        ranges = torch.empty(*own.shape[:2], 4, dtype=torch.int32, device=own.device)
+        with self._device():
+            ranges_kernel[(own.shape[0] * own.shape[1],)](own, other, ranges, own.shape[1], other.shape[1], CHUNK=CHUNK)
+        return ranges
+
+    def tiled(self, rows: int, **tensors: Tensor) -> tuple[Any, Any, bool]:
+        """Two tensors as descriptors of tiles of `rows` where the hardware has them and both allow, else as they are."""
+        (a, b) = tensors.values()
+        usable = self.kernel.descriptors and (self.kernel.interpret or self.hopper)
+        if not (usable and a.element_size() == 2 and _describable(a) and _describable(b)):
+            return a, b, False
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        def describe(x: Tensor) -> Any:
+            strides = [16 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+            return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, rows, 1, _padded(x.shape[-1])])
+
+        return describe(a), describe(b), True
+
+    def _spans(self, segments: Tensor, tile: int) -> Tensor:
+        from longtrain.kernels.flash.common import spans_kernel
+
+        batch, length = segments.shape
+        tiles = self.count(length, tile)
+        spans = torch.empty(batch, tiles, 3, dtype=torch.int32, device=segments.device)
+        with self._device():
+            spans_kernel[(batch * tiles,)](segments, spans, segments.stride(), length, tiles, BLOCK=tile)
+        return spans
+
+    def _device(self) -> Any:
+        return torch.cuda.device(self.q.device) if self.q.is_cuda else nullcontext()
+
+
+def _padded(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with a contiguous last dimension, and with offsets inside a tile that fit 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**22 else x.contiguous()
+
+
+def _accumulator(x: Tensor) -> Tensor:
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise KernelError("attention kernel triton: an accumulator's last dimension is not contiguous")
+    return x
+
+
+def _describable(x: Tensor) -> bool:
+    steps = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    return x.data_ptr() % 16 == 0 and x.shape[-1] >= 8 and all(s > 0 and s % 8 == 0 for s in steps)
+
+
+def _four(bias: Tensor) -> Tensor:
+    return bias[(None,) * (4 - bias.ndim)]

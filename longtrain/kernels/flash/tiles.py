@@ -1,0 +1,67 @@
+"""Tile sizes: tables, so that nothing is tuned while a run starts. `python -m benchmarks.attention --tune` measures candidates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Pass(StrEnum):
+    """The kernels: out; dq; dk and dv; dbias where it has both rows and columns."""
+
+    FORWARD = "forward"
+    QUERIES = "dq"
+    KEYS = "dk, dv"
+    BIAS = "dbias"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows: queries, columns: keys of a tile; warps a program; stages: depth of the load pipeline."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 2
+
+
+Tiles = dict[tuple[Pass, int, int], Tile]
+"""(kernel, head width padded to a power of two, bytes an element) -> tile."""
+
+# fp32 products in IEEE precision run on the ordinary cores, from registers
+WIDE: Tiles = {(kernel, 64, 4): Tile(32, 32, 4, 2) for kernel in Pass}
+WIDE |= {(kernel, 128, 4): Tile(32, 32, 8, 2) for kernel in Pass}
+WIDE |= {(kernel, 256, 4): Tile(16, 16, 4, 1) for kernel in Pass}
+
+TABLE: Tiles = WIDE | {
+    (Pass.FORWARD, 64, 2): Tile(128, 128, 8, 3),
+    (Pass.FORWARD, 128, 2): Tile(128, 128, 8, 2),
+    (Pass.FORWARD, 256, 2): Tile(128, 64, 8, 2),
+    (Pass.QUERIES, 64, 2): Tile(128, 128, 8, 2),
+    (Pass.QUERIES, 128, 2): Tile(128, 64, 8, 2),
+    (Pass.QUERIES, 256, 2): Tile(64, 32, 8, 2),
+    (Pass.KEYS, 64, 2): Tile(64, 128, 8, 2),
+    (Pass.KEYS, 128, 2): Tile(64, 128, 8, 2),
+    (Pass.KEYS, 256, 2): Tile(32, 64, 8, 2),
+    (Pass.BIAS, 256, 2): Tile(64, 64, 8, 1),
+}
+"""Hopper and later; widths of 64 and 128 compile for sm_90 without spilling a register."""
+
+COMPACT: Tiles = WIDE | {
+    (Pass.FORWARD, 64, 2): Tile(128, 64, 4, 2),
+    (Pass.FORWARD, 128, 2): Tile(128, 32, 4, 2),
+    (Pass.FORWARD, 256, 2): Tile(64, 32, 4, 1),
+    (Pass.QUERIES, 64, 2): Tile(64, 64, 4, 2),
+    (Pass.QUERIES, 128, 2): Tile(64, 32, 4, 2),
+    (Pass.QUERIES, 256, 2): Tile(32, 32, 4, 1),
+    (Pass.KEYS, 64, 2): Tile(64, 64, 4, 2),
+    (Pass.KEYS, 128, 2): Tile(32, 64, 4, 2),
+    (Pass.KEYS, 256, 2): Tile(32, 32, 4, 1),
+    (Pass.BIAS, 256, 2): Tile(32, 32, 4, 1),
+}
+"""Compute capability 8: chosen to fit 99 KiB of shared memory, never measured for speed."""
+
+
+def tile_for(kernel: Pass, width: int, itemsize: int, tiles: Tiles = TABLE) -> Tile:
+    """The tile of the next larger width in the table."""
+    return tiles[kernel, min(w for k, w, size in tiles if k is kernel and size == itemsize and w >= width), itemsize]

@@ -1,0 +1,215 @@
+"""The Triton kernels on a GPU: a wide sweep, every tile of the table, poisoned memory, offsets beyond 32 bits, equal bits.
+
+Compiling is most of the time. The sweep is cut into SHARDS tests, so that as many processes can share it: `-k "shard3-"`.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtrain.attention import AttentionMask, AttentionSpec, Band, Block
+from longtrain.attention.merge import row_dot
+from longtrain.attention.reference import ReferenceKernel
+from longtrain.kernels.flash import FlashKernel
+from longtrain.kernels.flash.tiles import COMPACT, TABLE, Pass, Tiles, tile_for
+from longtrain.kernels.local import LocalAttend
+from tests.attention_cases import BIAS_SHAPES, Case, check_kernel
+from tests.parity import results
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+SHARDS, KINDS, DRAWS = 16, 5, 14
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDTHS = (16, 32, 59, 64, 80, 96, 111, 128, 256)
+KERNEL = FlashKernel()
+
+
+@pytest.fixture(autouse=True)
+def _free() -> None:
+    torch.cuda.empty_cache()
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def documents(draw: random.Random, rows: int, length: int) -> tuple[tuple[int, ...], ...]:
+    def one() -> tuple[int, ...]:
+        lengths: list[int] = []
+        while sum(lengths) < length and len(lengths) < 9:
+            lengths.append(min(draw.choice((0, 1, 17, 128, 200, length)), length - sum(lengths)))
+        return tuple(lengths)
+
+    return tuple(one() for _ in range(rows))
+
+
+def bound(draw: random.Random, kind: str, length: int) -> Band:
+    reach = draw.choice((1, 5, 64, 128, max(length // 2, 1)))
+    return {
+        "full": Band.full(),
+        "causal": Band.causal(),
+        "window": Band.causal(reach),
+        "lower": Band(draw.choice((1, -reach, reach)), None),
+        "upper": Band(None, draw.choice((-1, reach, -reach))),
+        "two-sided": Band(-reach, draw.choice((-1, 0, reach))),
+    }[kind]
+
+
+def problems(shard: int) -> list[tuple[Case, torch.dtype]]:
+    """KINDS combinations of what kernels are compiled for, DRAWS of what they are called with each: 1120 over all shards."""
+    draw, found = random.Random(shard), []
+    for kind in range(KINDS):
+        dtype = DTYPES[(shard + kind) % 3] if draw.random() < 0.8 else torch.bfloat16
+        width = draw.choice(WIDTHS if dtype != torch.float32 else (16, 59, 64, 128))
+        value = draw.choice((None, None, *WIDTHS)) if dtype != torch.float32 else None
+        bands = draw.choice((("full",), ("causal",), ("causal",), ("window", "two-sided"), ("lower",), ("upper",)))
+        packed, softcap, alibi, drop = (draw.random() < p for p in (0.5, 0.25, 0.25, 0.25))
+        bias = draw.choice((None, None, None, *BIAS_SHAPES))
+        # lengths of 1 (test_odd_lengths), multiples of 16 and others are compiled apart, and so is one query head a key head
+        lengths, groups = draw.choice(((63, 111, 257, 601), (128, 256, 640))), draw.choice(((1,), (2, 4)))
+        for _ in range(DRAWS):
+            length, batch, kv_heads = draw.choice(lengths), draw.choice((1, 2)), draw.choice((1, 2))
+            keys = draw.choice(lengths) if draw.random() < 0.25 else length
+            found.append(
+                (
+                    Case(
+                        bound(draw, draw.choice(bands), max(length, keys)),
+                        length,
+                        keys,
+                        batch,
+                        kv_heads * draw.choice(groups),
+                        kv_heads,
+                        width,
+                        value,
+                        documents(draw, batch, length) if packed else None,
+                        documents(draw, batch, keys) if packed and keys != length else None,
+                        softcap=3.0 if softcap else None,
+                        alibi=alibi,
+                        bias=bias,
+                        dropout=0.2 if drop else 0.0,
+                        seed=draw.randrange(2**31),
+                    ),
+                    dtype,
+                )
+            )
+    return found
+
+
+@pytest.mark.timeout(580)
+@pytest.mark.parametrize("shard", range(SHARDS), ids=[f"shard{i}-" for i in range(SHARDS)])
+def test_sweep(shard: int) -> None:
+    failures = []
+    for case, dtype in problems(shard):
+        try:
+            check_kernel(KERNEL, case, dtype, "cuda")
+        except Exception as error:
+            failures.append(f"{case} {dtype}: {type(error).__name__}: {str(error)[:300]}")
+    assert not failures, f"{len(failures)} of {KINDS * DRAWS}:\n" + "\n".join(failures[:8])
+
+
+@pytest.mark.parametrize("tiles", [TABLE, COMPACT], ids=["table", "compact"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", sorted({width for _, width, _ in TABLE}))
+def test_every_tile(width: int, dtype: torch.dtype, tiles: Tiles) -> None:
+    """Through descriptors and through pointers, over several tiles and a rest, with documents and without."""
+    assert all(tile_for(kernel, width, dtype.itemsize, tiles) in tiles.values() for kernel in Pass)
+    for descriptors in (True, False) if dtype != torch.float32 else (False,):
+        kernel = FlashKernel(tiles=tiles, descriptors=descriptors)
+        for case in (
+            Case(Band.causal(), 601, None, 1, 4, 2, width),
+            Case(Band.full(), 385, 300, 1, 2, 2, width, bias="whole"),
+            Case(Band.causal(200), 601, None, 1, 2, 2, width, q_documents=((1, 300, 0, 250),)),
+        ):
+            check_kernel(kernel, case, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 63, 111, 4097])
+def test_odd_lengths(length: int, dtype: torch.dtype) -> None:
+    packed = ((length // 2, 0, 1, length // 3),)
+    for case in (
+        Case(Band.causal(), length, None, 1, 2, 1, 64),
+        Case(Band.full(), length, None, 1, 2, 1, 64),
+        Case(Band.causal(100), length, None, 1, 2, 1, 64, q_documents=packed if length > 1 else ((1,),)),
+        Case(Band(-3, None), length, 63, 1, 2, 2, 64),
+    ):
+        check_kernel(KERNEL, case, dtype, "cuda")
+
+
+def test_tf32_by_choice() -> None:
+    """Looser than IEEE products and never taken unasked."""
+    case = Case(Band.causal(), 300, None, 1, 2, 2, 64)
+    q, k, v, *_ = case.tensors(torch.float32, "cuda")
+    block, spec = Block(Band.causal()), AttentionSpec()
+    exact, _ = ReferenceKernel().forward(q.double(), k.double(), v.double(), block, spec)
+    errors = [(FlashKernel(precision=p).forward(q, k, v, block, spec).out - exact).abs().max().item() for p in ("ieee", "tf32")]
+    assert errors[0] < 5e-6 < errors[1] < 5e-3
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+@pytest.mark.parametrize("width", [64, 80])
+def test_memory_around_the_inputs_is_never_used(width: int, descriptors: bool) -> None:
+    """Inputs are views into NaN on every side: before, behind, between heads and beyond the width."""
+    length, heads = 333, 2
+    kernel, block, spec = FlashKernel(descriptors=descriptors), Block(Band.causal(150)), AttentionSpec()
+
+    def inside_nan() -> tuple[Tensor, Tensor]:
+        x = torch.randn(2, length, heads, width, device="cuda", dtype=torch.bfloat16)
+        around = torch.full((4, length + 256, heads + 2, width + 16), float("nan"), device="cuda", dtype=torch.bfloat16)
+        around[1:3, 128:-128, 1:-1, 8:-8] = x
+        return x, around[1:3, 128:-128, 1:-1, 8:-8]
+
+    (q, q_), (k, k_), (v, v_), (dout, dout_) = (inside_nan() for _ in range(4))
+    out, lse = kernel.forward(q, k, v, block, spec)
+    delta = row_dot(dout, out)
+    assert torch.equal(kernel.forward(q_, k_, v_, block, spec).out, out)
+    expected = kernel.backward(dout, q, k, v, lse, delta, block, spec)
+    for a, b in zip(kernel.backward(dout_, q_, k_, v_, lse, delta, block, spec)[:3], expected[:3], strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """131,328 tokens of 64 heads of 256: 2^31 + 2^22 elements a tensor. A window makes the end depend on the end alone."""
+    length, window, tail = 2**17 + 256, 100, 512
+    q, k, v, dout = (torch.randn(1, length, 64, 256, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    assert q.numel() > 2**31
+    mask = AttentionMask(Band.causal(window))
+    out, lse = KERNEL.forward(q, k, v, Block.of(mask), AttentionSpec())
+    delta = torch.randn_like(lse)
+    grads = KERNEL.backward(dout, q, k, v, lse, delta, Block.of(mask), AttentionSpec())
+    ends = [x[:, -tail:].contiguous() for x in (dout, q, k, v)]
+    small, small_lse = KERNEL.forward(*ends[1:], Block.of(mask), AttentionSpec())
+    torch.testing.assert_close(out[:, -256:], small[:, -256:], atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(lse[..., -256:], small_lse[..., -256:], atol=1e-4, rtol=1e-4)
+    rows = [x[..., -tail:].contiguous() for x in (lse, delta)]
+    for whole, part in zip(grads[:3], KERNEL.backward(*ends, *rows, Block.of(mask), AttentionSpec())[:3], strict=True):
+        torch.testing.assert_close(whole[:, -256:], part[:, -256:], atol=2e-2, rtol=2e-2)
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    case = Case(Band.causal(), 1500, None, 2, 8, 2, 128, q_documents=((700, 1, 300, 400), (1500,)), bias="heads", dropout=0.1)
+    given = case.tensors(torch.bfloat16, "cuda")
+    runs = [results(LocalAttend(KERNEL).with_lse, given[:3], given.mask, given.spec, given.dout, given.dlse) for _ in range(2)]
+    for name, value in runs[0].items():
+        assert torch.equal(value, runs[1][name]), name
+
+
+def test_no_buffer_grows_with_the_square() -> None:
+    """Forward and backward of 64K tokens hold the results and less than twice q beside them."""
+    q, k, v, dout = (torch.randn(1, 2**16, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    segments = (torch.arange(2**16, device="cuda", dtype=torch.int32) // 3000)[None]
+    block, spec = Block(Band.causal(), segments, segments), AttentionSpec()
+    out, lse = KERNEL.forward(q, k, v, block, spec)
+    delta = row_dot(dout, out)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    KERNEL.backward(dout, q, k, v, lse, delta, block, spec)
+    assert torch.cuda.max_memory_allocated() - before < 3 * q.nbytes + 2 * q.nbytes
+
+
+def test_everything_at_once_over_many_tiles() -> None:
+    case = Case(Band.causal(700), 1111, None, 2, 4, 2, 96, 80, ((600, 1, 0, 300), (1111,)), None, 0.1, 20.0, True, "whole", 0.1)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_kernel(KERNEL, replace(case, seed=5), dtype, "cuda")
