@@ -249,7 +249,8 @@ def _check_writable(folder: Path) -> None:
 def _finish(recipe: Recipe, complete: bool) -> None:
     """What the main rank leaves in the run's folder: the plot and, of a complete run, the export."""
     from longtrain.evaluate.plot import LOSS_PLOT, plot_loss
-    from longtrain.train.export import export_checkpoint, find_checkpoint
+    from longtrain.train.export import export_checkpoint
+    from longtrain.train.resume import find_checkpoint
     from longtrain.train.tracking import METRICS_FILE, read_metrics
 
     folder = Path(recipe.run_folder)

@@ -328,7 +328,7 @@ def test_empty_corpus() -> None:
     ("damage", "says"),
     [
         (flip(CHECKPOINT / "rank-00000.safetensors"), "SHA-256 differs from the manifest"),
-        (lambda: Path("run/metrics.tmp").mkdir(), "error: run/metrics.tmp: Is a directory"),
+        (lambda: Path("run/.metrics.jsonl.tmp").mkdir(), "error: run/.metrics.jsonl.tmp: Is a directory"),
     ],
     ids=["on both ranks", "on the main rank"],
 )

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from longtrain.batch import IGNORE
-from longtrain.data.manifest import Manifest, Shard, check_tokenizer, read_manifest, sha256_of
+from longtrain.data.manifest import Manifest, Shard, check_tokenizer, read_manifest
 from longtrain.errors import DataError
+from longtrain.files import sha256_of
 
 
 class PackedRow(NamedTuple):

@@ -13,19 +13,15 @@ A recipe is a YAML file; `recipes/` holds the built-in ones. A key that does not
 probably meant. `--set section.key=value` overrides one key. Paths are relative to the current directory. This page is generated:
 `python -m longtrain.recipe.reference > docs/recipes.md`.
 """
+TABLE = ["| key | value | default | meaning |", "|---|---|---|---|"]
 
 
 def reference() -> str:
     """The page, as Markdown: a table a section, a row a field."""
-    lines = [HEAD, "| key | value | default | meaning |", "|---|---|---|---|"]
+    lines = [HEAD, *TABLE]
     for path, field in FIELDS.items():
         if is_section(path):
-            lines += [
-                f"\n## {dotted(path)}\n",
-                f"{field.description}\n",
-                "| key | value | default | meaning |",
-                "|---|---|---|---|",
-            ]
+            lines += [f"\n## {dotted(path)}\n", f"{field.description}\n", *TABLE]
             continue
         default = "required" if field.default is PydanticUndefined else f"`{_yaml(field.default)}`"
         lines.append(f"| `{path[-1]}` | {expected(field.annotation)} | {default} | {field.description} |")

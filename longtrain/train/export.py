@@ -22,7 +22,7 @@ from longtrain.recipe.schema import Precision, Recipe
 from longtrain.train import checkpoint
 from longtrain.train.checkpoint_format import TrainState, read_state
 from longtrain.train.checkpoint_format import read_manifest as read_checkpoint
-from longtrain.train.resume import CHECKPOINTS
+from longtrain.train.resume import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,6 @@ def load_trained(run: Path, *, data: Path | None = None) -> Trained:
             parameters[name].copy_(value)
     tokenizer = Tokenizer.load(folder / manifest.tokenizer.file)
     return Trained(path, recipe, state.step, read_checkpoint(path).world, model, tokenizer)
-
-
-def find_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run's folder, or the one at that path. Raises CheckpointError where there is none."""
-    return checkpoint.resolve(run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run)
 
 
 def _read(path: Path) -> tuple[TrainState, Recipe]:

@@ -56,7 +56,7 @@ def choose(recipe: Recipe, split: PackedSplit, wanted: str) -> Start:
     if wanted == "auto":
         path = latest
     else:
-        path = checkpoint.resolve(Path(wanted) / CHECKPOINTS if (Path(wanted) / CHECKPOINTS).is_dir() else Path(wanted))
+        path = find_checkpoint(Path(wanted))
         if latest is not None and latest.resolve() != path.resolve():
             # going on from an older step here would leave two futures in one folder, and auto would take the abandoned one
             raise CheckpointError(
@@ -81,6 +81,11 @@ def choose(recipe: Recipe, split: PackedSplit, wanted: str) -> Start:
             f"the {recipe.schedule.kind} schedule now ends at step {recipe.training.steps}: the learning rate jumps here"
         )
     return Start(path, tuple(remarks))
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run's folder, or the one at that path. Raises CheckpointError where there is none."""
+    return checkpoint.resolve(run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run)
 
 
 def restore(engine: Engine, start: Path) -> Progress:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from longtrain.errors import CheckpointError
-from longtrain.files import sync_file
+from longtrain.files import replace_durably
 from longtrain.train.metrics import Metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -38,11 +38,7 @@ class JsonLines:
     def __init__(self, path: Path, resumed_step: int) -> None:
         """Goes on after `resumed_step`: later lines, of steps that will be done again, and a torn last line are dropped."""
         rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
-        fresh = path.with_suffix(".tmp")
-        with fresh.open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            sync_file(file)
-        fresh.replace(path)
+        replace_durably(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         self._file = path.open("a")
 
     def log(self, metrics: Metrics) -> None:
