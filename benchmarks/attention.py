@@ -1,39 +1,46 @@
 """Attention of this project beside torch's, in one run on one GPU: `python -m benchmarks.attention` from the repository root.
 
-First a correctness gate: on a red one nothing is measured. Then a table of TFLOP/s, forward / backward, and a JSON file in
-benchmarks/results. Rates count visible (query, key) pairs only: 4 D FLOP a pair and head forward, 10 D backward; what a mask wastes
-in touched tiles is not counted. `--tune` measures candidates for longtrain/kernels/flash/tiles.py instead.
+First a correctness gate: on a red one nothing is measured. Then a table of TFLOP/s, forward / backward, and a JSON file and a plot
+in benchmarks/results. Rates count visible (query, key) pairs only: 4 D FLOP a pair and head forward, 10 D backward; what a mask
+wastes in touched tiles is not counted. `--tune` measures candidates for longtrain/kernels/flash/tiles.py instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from longtrain.attention import AttentionMask, AttentionSpec, Band, Block
-from longtrain.attention.merge import row_dot
+from benchmarks.plots import attention_plot
+from benchmarks.timing import milliseconds
+from benchmarks.tune_attention import tune
+from longtrain.attention import AttentionMask, AttentionSpec, Band
 from longtrain.kernels.flash import FlashKernel
-from longtrain.kernels.flash.tiles import TABLE, Pass, Tile
+from longtrain.kernels.flash.tiles import Pass, tile_for
 from longtrain.kernels.local import LocalAttend
 from tests.attention_cases import Case, check_kernel
 from tests.parity import naive_attention
 
 RESULTS = Path(__file__).parent / "results"
-TILE = 128
+TARGETS = {"forward": {"cudnn": 0.85, "flex": 1.25, "flash": 1.4}, "backward": {"flex": 1.0, "flash": 1.2}}
+"""How many times a peer's rate ours should be."""
+
+torch._dynamo.config.recompile_limit = 64  # every problem compiles FlexAttention anew
+functorch_config.donated_buffer = False  # FlexAttention's backward is run many times
 flex = torch.compile(flex_attention, dynamic=False)
 
 
@@ -59,30 +66,33 @@ class Problem:
         ids = torch.arange(len(self.documents), dtype=torch.int32, device="cuda").repeat_interleave(lengths)[None]
         return AttentionMask(self.band, ids, ids)
 
-    def pairs(self, tile: int = 1) -> int:
-        """Visible pairs of one head, or pairs in tiles that hold a visible one."""
-        n = -(-self.length // tile)
-        ends = [0]
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.documents or (self.length,), initial=0))
+
+    def pairs(self) -> int:
+        """Visible pairs of one head, of all rows."""
+        total, window = 0, self.length if self.band.hi is None else self.band.hi + 1
         for length in self.documents or (self.length,):
-            ends.append(ends[-1] + length)
-        total = 0
-        window = self.length if self.band.hi is None else self.band.hi + 1
-        if tile == 1:
-            for length in self.documents or (self.length,):
-                w = min(window, length)
-                total += length * length if self.band.lo is None else w * (w + 1) // 2 + (length - w) * w
-            return total * self.batch
-        seen = torch.zeros(n, n, dtype=torch.bool)
-        i, j = torch.arange(n)[:, None] * tile, torch.arange(n)[None, :] * tile
-        for start, end in pairwise(ends):
-            q0, q1, k0, k1 = i.clamp(min=start), (i + tile).clamp(max=end), j.clamp(min=start), (j + tile).clamp(max=end)
+            w = min(window, length)
+            total += length * length if self.band.lo is None else w * (w + 1) // 2 + (length - w) * w
+        return total * self.batch
+
+    def touched(self) -> float:
+        """Pairs in the forward's tiles that hold a visible pair, a visible pair."""
+        tile = tile_for(Pass.FORWARD, self.dim, 2)
+        i, j = torch.arange(0, self.length, tile.rows)[:, None], torch.arange(0, self.length, tile.columns)[None, :]
+        seen = torch.zeros(len(i), j.shape[1], dtype=torch.bool)
+        for start, end in pairwise(self.ends):
+            q0, q1 = i.clamp(min=start), (i + tile.rows).clamp(max=end)
+            k0, k1 = j.clamp(min=start), (j + tile.columns).clamp(max=end)
             inside = (q0 < q1) & (k0 < k1)
             if self.band.lo is not None:
                 inside &= q1 - 1 - k0 >= self.band.lo
             if self.band.hi is not None:
                 inside &= q0 - (k1 - 1) <= self.band.hi
             seen |= inside
-        return int(seen.sum()) * tile * tile * self.batch
+        return int(seen.sum()) * tile.rows * tile.columns * self.batch / self.pairs()
 
 
 def packed(mean: int, length: int = 2**15) -> tuple[int, ...]:
@@ -94,7 +104,7 @@ def packed(mean: int, length: int = 2**15) -> tuple[int, ...]:
 
 
 def problems(quick: bool) -> list[Problem]:
-    every, causal, full = ("flash", "cudnn", "flex"), Band.causal(), Band.full()
+    every, masked, causal, full = ("flash", "cudnn", "flex"), ("varlen", "flex"), Band.causal(), Band.full()
     table = [
         Problem("naive 1K", 1024, 16, 16, 128, causal, batch=4, peers=("flash", "cudnn", "naive")),
         Problem("naive 4K", 4096, 16, 16, 128, causal, batch=2, peers=("flash", "cudnn", "naive")),
@@ -103,14 +113,13 @@ def problems(quick: bool) -> list[Problem]:
         table.append(Problem(f"4K causal d{dim}", 4096, heads, heads, dim, causal, batch=4))
         table.append(Problem(f"16K causal d{dim}", 2**14, heads, heads, dim, causal, peers=every))
         table.append(Problem(f"16K full d{dim}", 2**14, heads, heads, dim, full, peers=every))
-        table.append(
-            Problem(f"32K causal GQA d{dim}", 2**15, 32, 8, dim, causal, peers=every if dim == 128 else ("flash", "cudnn"))
-        )
+        table.append(Problem(f"32K causal GQA d{dim}", 2**15, 32, 8, dim, causal, peers=every))
         if not quick:
             table.append(Problem(f"128K causal d{dim}", 2**17, heads // 4, heads // 4, dim, causal))
-    table.append(Problem("32K window 1024 d128", 2**15, 16, 16, 128, Band.causal(1024), peers=("flex",)))
+            table.append(Problem(f"128K causal GQA d{dim}", 2**17, 8, 2, dim, causal))
+    table.append(Problem("32K window 1024 d128", 2**15, 16, 16, 128, Band.causal(1024), peers=masked))
     for mean in (8192, 2048, 512):
-        table.append(Problem(f"32K packed {mean} d128", 2**15, 16, 16, 128, causal, packed(mean), peers=("flex",)))
+        table.append(Problem(f"32K packed {mean} d128", 2**15, 16, 16, 128, causal, packed(mean), peers=masked))
     if not quick:
         table.append(Problem("16K causal d256", 2**14, 8, 8, 256, causal))
         table.append(Problem("16K causal d80", 2**14, 16, 16, 80, causal))
@@ -130,6 +139,16 @@ def sdpa(backend: SDPBackend, p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Te
     with sdpa_kernel(backend):
         out = scaled_dot_product_attention(q, k, v, is_causal=p.band.lo == 0, enable_gqa=p.heads != p.kv_heads)
     return out.transpose(1, 2)
+
+
+def varlen(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """FlashAttention-2 over documents or under a window."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor(p.ends, dtype=torch.int32, device="cuda")
+    longest = max(p.documents or (p.length,))
+    window = (-1 if p.band.hi is None else p.band.hi, 0)
+    return varlen_attn(q[0], k[0], v[0], ends, ends, longest, longest, window_size=window)[None]  # type: ignore[index]
 
 
 def flexed(p: Problem, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -154,22 +173,9 @@ PEERS: dict[str, Callable[..., Tensor]] = {
     "flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
     "cudnn": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
     "flex": flexed,
+    "varlen": varlen,
     "naive": naive,
 }
-
-
-def milliseconds(run: Callable[[], Any], budget: float = 250.0) -> float:
-    """Median over about `budget` ms of runs, after a warm-up."""
-    run()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < budget and len(times) < 50):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[len(times) // 5 :])
 
 
 def measure(p: Problem, attention: Callable[..., Tensor]) -> dict[str, Any]:
@@ -213,78 +219,50 @@ def gate() -> None:
     print("correctness gate: green")
 
 
-def compare(quick: bool) -> None:
+def cell(result: dict[str, Any]) -> str:
+    if "forward" not in result:
+        return result.get("error", "")[:22]
+    return f"{result['forward']:.0f} / {result['backward']:.0f} ({result['memory_mib']:.0f})"
+
+
+def missed(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Targets that a problem's rates fall short of."""
+    lines = []
+    for direction, peers in TARGETS.items():
+        for name, factor in peers.items():
+            if name in found and direction in found[name] and direction in found["ours"]:
+                ratio = found["ours"][direction] / found[name][direction]
+                if ratio < factor:
+                    lines.append(f"{direction} {ratio:.2f}x {name} (target {factor})")
+    return lines
+
+
+def compare(quick: bool, only: str) -> None:
     gate()
-    rows = []
-    print(f"{'TFLOP/s forward / backward (MiB)':34}" + "".join(f"{name:>24}" for name in ("ours", *PEERS)), flush=True)
+    rows, short = [], []
+    print(f"{'TFLOP/s forward / backward (MiB)':34}" + "".join(f"{name:>22}" for name in ("ours", *PEERS)), flush=True)
     for p in problems(quick):
+        if only not in p.name:
+            continue
         found = {"ours": measure(p, ours)} | {name: measure(p, PEERS[name]) for name in p.peers}
-        touched = p.pairs(TILE) / p.pairs()
-        cells = []
-        for name in ("ours", *PEERS):
-            r = found.get(name, {})
-            cells.append(
-                f"{r['forward']:.0f} / {r['backward']:.0f} ({r['memory_mib']:.0f})" if "forward" in r else r.get("error", "")[:20]
-            )
-        print(f"{p.name:28}{f'x{touched:.2f}':6}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
+        touched = p.touched()
+        cells = "".join(f"{cell(found.get(name, {})):>22}" for name in ("ours", *PEERS))
+        print(f"{p.name:28}{f'x{touched:.2f}':6}" + cells, flush=True)
         rows.append({"problem": asdict(p), "touched": touched, "results": found})
+        short += [f"{p.name}: {line}" for line in missed(found)]
     device = torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
     path = RESULTS / f"attention-{device.lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps({"device": device, "versions": versions, "rows": rows}, indent=1) + "\n")
-    print(f"xN: pairs in touched tiles of {TILE} x {TILE} a visible pair; wrote {path}")
-
-
-CANDIDATES: dict[tuple[Pass, int], list[tuple[int, int, int, int]]] = {
-    (Pass.FORWARD, 64): [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (256, 64, 8, 2), (128, 64, 4, 3), (64, 128, 4, 3)],
-    (Pass.QUERIES, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)],
-    (Pass.KEYS, 64): [(64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (32, 128, 8, 3)],
-    (Pass.FORWARD, 128): [(128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2)],
-    (Pass.QUERIES, 128): [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 128, 8, 2), (128, 32, 8, 3)],
-    (Pass.KEYS, 128): [(64, 64, 4, 2), (64, 128, 8, 2), (32, 128, 8, 2), (32, 64, 4, 2), (32, 128, 8, 3), (64, 128, 8, 3)],
-}
-
-
-def tune(length: int = 2**14) -> None:
-    """Causal, 2048 / D heads: each kernel alone, TFLOP/s of the products that it computes (2 forward, 3 dq, 4 dk and dv)."""
-    for (kernel, dim), candidates in CANDIDATES.items():
-        p = Problem("", length, 2048 // dim, 2048 // dim, dim, Band.causal())
-        q, k, v, dout = (torch.randn(1, length, p.heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-        block, spec = Block(p.band), AttentionSpec()
-        out, lse = FlashKernel().forward(q, k, v, block, spec)
-        delta = row_dot(dout, out)
-        lines = []
-        for candidate in candidates:
-            flash = FlashKernel(tiles=TABLE | {(kernel, dim, 2): Tile(*candidate)})
-            run = partial(flash.forward, q, k, v, block, spec)
-            if kernel is not Pass.FORWARD:
-                run = partial(flash.backward, dout, q, k, v, lse, delta, block, spec)
-            try:
-                time = milliseconds(run) if kernel is Pass.FORWARD else kernel_milliseconds(run, kernel)
-            except Exception as error:
-                lines.append((0.0, candidate, f"{type(error).__name__} {str(error)[:60]}"))
-                continue
-            products = {Pass.FORWARD: 2, Pass.QUERIES: 3, Pass.KEYS: 4}[kernel]
-            lines.append((products * 2 * p.pairs() * p.heads * dim / time / 1e9, candidate, f"{time:.2f} ms"))
-        for rate, candidate, text in sorted(lines, reverse=True):
-            print(f"{kernel:8} d{dim:<4} {candidate!s:20} {rate:6.0f} TFLOP/s  {text}", flush=True)
-
-
-def kernel_milliseconds(run: Callable[[], Any], kernel: Pass) -> float:
-    """Time of one of the backward's kernels, from the profiler."""
-    name = {Pass.QUERIES: "queries_kernel", Pass.KEYS: "keys_kernel"}[kernel]
-    run()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(8):
-            run()
-        torch.cuda.synchronize()
-    times = [event.device_time for event in profile.events() if event.name == name]
-    return statistics.median(times) / 1e3
+    command = " ".join(["python -m benchmarks.attention", *sys.argv[1:]])
+    path.write_text(json.dumps({"device": device, "versions": versions, "command": command, "rows": rows}, indent=1) + "\n")
+    print(f"xN: pairs in touched tiles a visible pair; wrote {path} and {attention_plot(path)}")
+    print("\n".join(["short of the targets:", *short]) if short else "every target is met")
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--quick", action="store_true", help="leave out the longest and the odd ones")
+    arguments.add_argument("--only", default="", help="problems whose name holds this text")
     arguments.add_argument("--tune", action="store_true", help="measure candidates for the table of tiles")
     given = arguments.parse_args()
-    tune() if given.tune else compare(given.quick)
+    tune() if given.tune else compare(given.quick, given.only)

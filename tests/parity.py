@@ -16,16 +16,23 @@ Attention = Callable[[Tensor, Tensor, Tensor, AttentionMask, AttentionSpec], tup
 
 
 def assert_close_to_truth(
-    fast: Tensor, truth: Tensor, low_precision_truth: Tensor, name: str = "", *, factor: float = 2.0, noise: float | None = None
+    fast: Tensor,
+    truth: Tensor,
+    low_precision_truth: Tensor,
+    name: str = "",
+    *,
+    factor: float = 2.0,
+    noise: float | None = None,
+    absolute: float = 0.0,
 ) -> None:
     """err(fast) <= factor * err(low_precision_truth) + noise, both against `truth`: largest and root mean square error.
 
     truth: computed in fp32 or better from the very inputs that `fast` got. low_precision_truth: the same formula, plainly written,
     in the precision of `fast`: how much error the precision itself costs. noise: relative to the largest |truth|, at least 1; by
-    default a quarter of the precision's spacing, and 2e-6 at least. Infinities must be the same; NaN never passes.
+    default a quarter of the spacing of the precision, and 2e-6 at least. absolute: noise relative to nothing. Infinities must
+    be the same; NaN never passes.
     """
     if noise is None:
-        # delta is made from a rounded out: where a row sees one key, the plain formula cancels exactly and no kernel does
         noise = max(2e-6, torch.finfo(low_precision_truth.dtype).eps / 4)
     assert fast.shape == truth.shape == low_precision_truth.shape, f"{name}: {fast.shape}, truth {truth.shape}"
     fast, truth, low = fast.detach().double(), truth.detach().double(), low_precision_truth.detach().double()
@@ -36,7 +43,7 @@ def assert_close_to_truth(
     if infinite.all():
         return
     fast, truth, low = fast[~infinite], truth[~infinite], low[~infinite]
-    floor = noise * max(1.0, truth.abs().max().item())
+    floor = noise * max(1.0, truth.abs().max().item()) + absolute
     for kind, norm in (("largest", _largest), ("rms", _rms)):
         error, allowed = norm(fast - truth), factor * norm(low - truth) + floor
         assert error <= allowed, f"{name}: {kind} error {error:.3e} > {factor} x {norm(low - truth):.3e} + {floor:.1e}"
@@ -66,9 +73,12 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, spec: 
         documents, other = mask.q_segments[:, None, :, None], mask.k_segments[:, None, None, :]
         seen = seen & (documents == other) & (documents >= 0)
     scores = scores.masked_fill(~seen, -torch.inf)
+    if spec.sinks is not None:
+        sinks = spec.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
     blind = (scores == -torch.inf).all(-1, keepdim=True)  # softmax and its gradient are NaN there
     scores = scores.masked_fill(blind, 0.0)
-    p = torch.softmax(scores, -1).masked_fill(blind, 0.0)
+    p = torch.softmax(scores, -1).masked_fill(blind, 0.0)[..., :keys]
     if spec.dropout and spec.dropout_seed is not None:
         p = p * keep_mask(spec.dropout_seed, heads, i, j, spec.dropout).to(p.dtype) / (1 - spec.dropout)
     lse = torch.logsumexp(scores, -1).masked_fill(blind[..., 0], -torch.inf)
@@ -83,9 +93,9 @@ def results(
     dout: Tensor,
     dlse: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """out, lse and the gradients dq, dk, dv (and dbias) of sum(out * dout) + sum(lse * dlse). inputs: q, k, v."""
+    """out, lse and the gradients dq, dk, dv (and dbias, dsinks) of sum(out * dout) + sum(lse * dlse). inputs: q, k, v."""
     q, k, v = (t.detach().requires_grad_() for t in inputs)
-    wanted = {"dq": q, "dk": k, "dv": v} | ({} if spec.bias is None else {"dbias": spec.bias})
+    wanted = {"dq": q, "dk": k, "dv": v} | {name: x for name, x in (("dbias", spec.bias), ("dsinks", spec.sinks)) if x is not None}
     out, lse = attention(q, k, v, mask, spec)
     outputs, cotangents = ((out,), (dout,)) if dlse is None else ((out, lse), (dout, dlse.to(lse.dtype)))
     gradients = torch.autograd.grad(outputs, tuple(wanted.values()), cotangents)
@@ -93,12 +103,19 @@ def results(
 
 
 def assert_results_close(
-    fast: dict[str, Tensor], truth: dict[str, Tensor], low: dict[str, Tensor], noise: float | None = None
+    fast: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    low: dict[str, Tensor],
+    noise: float | None = None,
+    absolute: dict[str, float] | None = None,
 ) -> None:
-    """`assert_close_to_truth` on every output and gradient."""
+    """`assert_close_to_truth` on every output and gradient. noise of dsinks: a whole spacing of the precision, by default.
+    absolute: by name."""
     assert fast.keys() == truth.keys() == low.keys()
     for name in fast:
-        assert_close_to_truth(fast[name], truth[name], low[name], name, noise=noise)
+        # one number a head, so the plain formula may be lucky in all of them
+        lucky = max(2e-6, torch.finfo(low[name].dtype).eps) if name == "dsinks" and noise is None else noise
+        assert_close_to_truth(fast[name], truth[name], low[name], name, noise=lucky, absolute=(absolute or {}).get(name, 0.0))
 
 
 def _largest(x: Tensor) -> float:

@@ -69,6 +69,21 @@ class Band:
             return Cover.EMPTY
         return Cover.FULL if lo <= least and hi >= most else Cover.PARTIAL
 
+    def pairs(self, queries: int, keys: int) -> int:
+        """Visible (query, key) pairs of a rectangle of `queries` x `keys`, exactly."""
+
+        def at_least(distance: int) -> int:
+            # query i sees min(max(i - distance + 1, 0), keys) keys: a difference of two ramps, each a difference of triangles
+            return (
+                _triangle(queries - distance)
+                - _triangle(-distance)
+                - _triangle(queries - distance - keys)
+                + _triangle(-distance - keys)
+            )
+
+        lo = -keys if self.lo is None else self.lo
+        return max(0, at_least(lo) - (0 if self.hi is None else at_least(self.hi + 1)))
+
     def dense(self, queries: int, keys: int, device: torch.device | None = None) -> Tensor:
         """bool [queries, keys], True where the query sees the key."""
         distance = torch.arange(queries, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
@@ -78,6 +93,11 @@ class Band:
         if self.hi is not None:
             mask &= distance <= self.hi
         return mask
+
+
+def _triangle(n: int) -> int:
+    """1 + 2 + ... + n, 0 below 1."""
+    return n * (n + 1) // 2 if n > 0 else 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,10 +28,34 @@ def merge_(into: Partial, part: Partial) -> Partial:
     """
     out, lse = into
     total = torch.logaddexp(lse, part.lse)
-    floor = total.clamp(min=torch.finfo(total.dtype).min)  # -inf - -inf would be NaN
+    floor = _finite(total)
     out.mul_(_rows(torch.exp(lse - floor))).add_(part.out * _rows(torch.exp(part.lse - floor)))
     lse.copy_(total)
     return into
+
+
+def add_sinks_(part: Partial, sinks: Tensor) -> Partial:
+    """Merges, in place, a key of value 0 that every row sees with the score of its head: lse' = logaddexp(lse, sink),
+    out' = out * exp(lse - lse'). sinks: [H].
+
+    A row that sees nothing, padding included, keeps out 0 and has lse = sink. Raises ValueError where there is not one sink a head.
+    """
+    out, lse = part
+    if sinks.shape != lse.shape[1:2]:
+        raise ValueError(f"{list(sinks.shape)} sinks for {lse.shape[1]} query heads: give one a head")
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    out.mul_(_rows(torch.exp(lse - _finite(total))))
+    lse.copy_(total)
+    return part
+
+
+def sinks_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """[H], of the dtype of `sinks`, from this call's rows: -sum(exp(sink - lse) * delta) over rows and batch.
+
+    lse, delta = sum(dout * out) - dlse: fp32 [B, H, T], of the results after `add_sinks_`.
+    """
+    weight = torch.exp(sinks.to(lse.dtype)[:, None] - _finite(lse))
+    return -(weight * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def add_(into: Grads, part: Grads) -> Grads:
@@ -59,6 +83,11 @@ def row_dot(dout: Tensor, out: Tensor) -> Tensor:
     """delta = sum(dout * out) over the head dimension: [B, T, H, D] twice to fp32 [B, H, T]."""
     dtype = accumulator_dtype(out.dtype)
     return (dout.to(dtype) * out.to(dtype)).sum(-1).transpose(1, 2).contiguous()
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """lse to subtract: -inf - -inf would be NaN."""
+    return lse.clamp(min=torch.finfo(lse.dtype).min)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ class Grads(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a schedule asks of a kernel. kinds: those of every block that it yields (`band_kind`)."""
+    """What a schedule asks of a kernel. kinds: those of every block that it yields (`band_kind`). length: tokens of a sequence that
+    one rank holds, None where that is unknown; it decides which kernel is the fastest, never which one can."""
 
     kinds: frozenset[str]
     documents: bool
@@ -87,6 +88,7 @@ class Needs:
     dtype: torch.dtype
     device: str
     fp32_partials: bool = False
+    length: int | None = None
 
 
 def band_kind(band: Band) -> str:
@@ -114,6 +116,11 @@ class AttentionKernel(Protocol):
 
         `into`: an fp32 partial result over other keys, merged with this one in place and returned. Without it `out` has q's dtype.
         """
+        ...
+
+    def delta(self, dout: Tensor, out: Tensor, dlse: Tensor) -> Tensor:
+        """sum(dout * out, -1) - dlse, fp32 [B, H, Tq]: what the backward of every block of these rows is given. dout, out
+        [B, Tq, H, Dv]; dlse: the gradient of lse, fp32 [B, H, Tq]."""
         ...
 
     def backward(

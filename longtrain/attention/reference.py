@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longtrain.attention.dropout import keep_mask
 from longtrain.attention.mask import visible
-from longtrain.attention.merge import accumulator_dtype, add_, cast_like, merge_
+from longtrain.attention.merge import accumulator_dtype, add_, cast_like, merge_, row_dot
 from longtrain.attention.protocol import Block, Grads, Needs, Partial
 from longtrain.attention.spec import AttentionSpec
 
@@ -52,6 +52,9 @@ class ReferenceKernel:
         out = _ungroup(_group_rows(p, k.shape[2]) @ _keys(v, p.dtype), q.shape[2])
         part = Partial(out, lse)
         return Partial(out.to(q.dtype), lse) if into is None else merge_(into, part)
+
+    def delta(self, dout: Tensor, out: Tensor, dlse: Tensor) -> Tensor:
+        return row_dot(dout, out) - dlse
 
     @_without_autocast
     def backward(

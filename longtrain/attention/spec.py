@@ -16,6 +16,9 @@ class AttentionSpec:
     -slope * |query position - key position| (Press et al. 2022). bias: broadcastable to [B, H, Tq, Tk], may require gradients.
     dropout: probability of dropping, in [0, 1); dropout_seed: int64 [B], one a row, so that the mask is a function of the sequence
     and of the positions alone (`attention.dropout`).
+    sinks: [H], any float dtype, may require gradients: one more score a row, of a key whose value is 0, so that a head can look at
+    nothing (a learned logit a head as in gpt-oss; Xiao et al. 2023). An `Attend` applies them once, after the last merge
+    (`merge.add_sinks_`); kernels never see them.
     """
 
     scale: float | None = None
@@ -24,6 +27,7 @@ class AttentionSpec:
     bias: Tensor | None = None
     dropout: float = 0.0
     dropout_seed: Tensor | None = None
+    sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.softcap is not None and not self.softcap > 0:
@@ -36,6 +40,8 @@ class AttentionSpec:
             raise ValueError(f"dropout_seed is {self.dropout_seed.dtype}, must be int64 [B]")
         if self.alibi_slopes is not None and self.alibi_slopes.requires_grad:
             raise ValueError("alibi_slopes are constants, no kernel returns their gradient: detach them")
+        if self.sinks is not None and (self.sinks.ndim != 1 or not self.sinks.is_floating_point()):
+            raise ValueError(f"sinks are {self.sinks.dtype} {list(self.sinks.shape)}, must be floats [H]")
 
     def scale_for(self, head_dim: int) -> float:
         return head_dim**-0.5 if self.scale is None else self.scale
@@ -47,7 +53,7 @@ class AttentionSpec:
 
     @property
     def features(self) -> frozenset[str]:
-        """The modifiers in use, by name; what a kernel may refuse."""
+        """The modifiers in use, by name; what a kernel may refuse. Sinks are not among them."""
         used = {
             "softcap": self.softcap is not None,
             "alibi": self.alibi_slopes is not None,
@@ -55,6 +61,11 @@ class AttentionSpec:
             "dropout": self.dropout > 0,
         }
         return frozenset(name for name, on in used.items() if on)
+
+    @property
+    def without_sinks(self) -> AttentionSpec:
+        """What kernels get."""
+        return self if self.sinks is None else replace(self, sinks=None)
 
     def narrow(self, q_start: int, q_length: int, k_start: int, k_length: int) -> AttentionSpec:
         """The spec of a sub-rectangle: only the bias depends on it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from longtrain.attention.keep import Keep
 from longtrain.attention.mask import AttentionMask
-from longtrain.attention.merge import row_dot
 from longtrain.attention.protocol import PLAIN, AttentionKernel, Block
 from longtrain.attention.spec import AttentionSpec
+from longtrain.kernels import ops
 
 SLOT = "attention"
 """Where a Keep holds (out, lse) of a recomputed block."""
@@ -21,9 +21,13 @@ SLOT = "attention"
 
 @dataclass(frozen=True)
 class LocalAttend:
-    """The Attend of one device: queries and keys are all here."""
+    """The Attend of one device: queries and keys are all here. In a compiled model it is one operator (`kernels.ops`)."""
 
     kernel: AttentionKernel
+    handle: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", ops.handle(self.kernel))
 
     def __call__(
         self,
@@ -48,7 +52,10 @@ class LocalAttend:
         keep: Keep | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(out, lse); both carry gradients."""
-        return _LocalAttention.apply(q, k, v, spec.bias, self.kernel, Block.of(mask), spec, keep)  # type: ignore[return-value]
+        block = Block.of(mask)
+        if keep is None and torch.compiler.is_compiling():
+            return ops.attention_forward(q, k, v, *ops.Flat.of(block, spec, self.handle))
+        return _LocalAttention.apply(q, k, v, spec.bias, spec.sinks, self, block, spec, keep)  # type: ignore[return-value]
 
 
 class _LocalAttention(torch.autograd.Function):
@@ -59,23 +66,36 @@ class _LocalAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
-        kernel: AttentionKernel,
+        sinks: Tensor | None,
+        attend: LocalAttend,
         block: Block,
         spec: AttentionSpec,
         keep: Keep | None,
     ) -> tuple[Tensor, Tensor]:
         kept = keep.recall(SLOT) if keep is not None else None
-        out, lse = kernel.forward(q, k, v, block, spec) if kept is None else kept
+        if kept is not None:
+            out, lse = kept
+        elif ops.counts_flops():
+            out, lse = ops.attention_forward(q, k, v, *ops.Flat.of(block, spec, attend.handle))
+        else:
+            out, lse = ops.run_forward(attend.kernel, q, k, v, block, spec)
         if keep is not None and kept is None:
             keep.store(SLOT, out, lse)
-        ctx.save_for_backward(q, k, v, bias, out, lse)
-        ctx.kernel, ctx.block, ctx.spec = kernel, block, replace(spec, bias=None)
+        ctx.save_for_backward(q, k, v, bias, sinks, out, lse)
+        learned = bias is not None or sinks is not None
+        ctx.attend, ctx.block, ctx.spec = attend, block, replace(spec, bias=None, sinks=None) if learned else spec
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, out, lse = ctx.saved_tensors
-        delta = row_dot(dout, out) - dlse  # a gradient of lse enters as delta - dlse
-        grads = ctx.kernel.backward(dout, q, k, v, lse, delta, ctx.block, replace(ctx.spec, bias=bias))
-        return grads.dq, grads.dk, grads.dv, grads.dbias, None, None, None, None
+        q, k, v, bias, sinks, out, lse = ctx.saved_tensors
+        learned = bias is not None or sinks is not None
+        block, spec = ctx.block, replace(ctx.spec, bias=bias, sinks=sinks) if learned else ctx.spec
+        given = (dout, dlse, q, k, v, out, lse)
+        if ops.counts_flops():
+            flat = ops.Flat.of(block, spec, ctx.attend.handle)
+            grads = ops.Gradients.of(ops.attention_backward(*given, *flat), spec)
+        else:
+            grads = ops.run_backward(ctx.attend.kernel, *given, block, spec)
+        return *grads, None, None, None, None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtrain.attention.mask import Cover
-from longtrain.attention.merge import cast_like, empty_partial, zero_grads
+from longtrain.attention.merge import cast_like, empty_partial, row_dot, zero_grads
 from longtrain.attention.protocol import Block, Grads, Needs, Partial
 from longtrain.attention.reference import ReferenceKernel
 from longtrain.attention.spec import AttentionSpec, narrow_bias
@@ -52,6 +52,9 @@ class MemoryEfficientKernel:
                 into=rows,
             )
         return whole if into is not None else Partial(whole.out.to(q.dtype), whole.lse)
+
+    def delta(self, dout: Tensor, out: Tensor, dlse: Tensor) -> Tensor:
+        return row_dot(dout, out) - dlse
 
     def backward(
         self,

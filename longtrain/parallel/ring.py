@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from longtrain.attention.keep import Keep
 from longtrain.attention.layout import SequenceLayout
 from longtrain.attention.mask import AttentionMask
-from longtrain.attention.merge import cast_like, empty_partial, row_dot, zero_grads
+from longtrain.attention.merge import add_sinks_, cast_like, empty_partial, sinks_gradient, zero_grads
 from longtrain.attention.protocol import PLAIN, AttentionKernel, Block, Grads, Partial
 from longtrain.attention.schedule import BlockPlan, ring_plan
 from longtrain.attention.spec import AttentionSpec
@@ -63,17 +63,21 @@ class RingAttend:
         *,
         keep: Keep | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(out, lse) of this rank's queries; both carry gradients. Raises KernelError for a bias tensor."""
+        """(out, lse) of this rank's queries; both carry gradients. Raises KernelError for a bias tensor.
+
+        Sinks are the same on every rank; each returns the gradient of its own rows, and the gradients are summed over the ring
+        where those of all parameters are, by ZeRO.
+        """
         if spec.bias is not None:
             raise KernelError(
                 "ring attention takes no bias tensor: its rows and columns live on different ranks; use ALiBi or cp 1"
             )
-        ring = _Ring.of(self, q, k, mask, spec)
-        return _RingAttention.apply(q, k, v, ring, keep)  # type: ignore[return-value]
+        ring = Ring.of(self, q.shape[1], k.shape[1], mask, spec.without_sinks)
+        return _RingAttention.apply(q, k, v, spec.sinks, ring, keep)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, eq=False)
-class _Ring:
+class Ring:
     """One call's schedule and the documents of every shard."""
 
     kernel: AttentionKernel
@@ -84,16 +88,17 @@ class _Ring:
     k_segments: tuple[Tensor, ...] | None
 
     @staticmethod
-    def of(attend: RingAttend, q: Tensor, k: Tensor, mask: AttentionMask, spec: AttentionSpec) -> _Ring:
+    def of(attend: RingAttend, queries: int, keys: int, mask: AttentionMask, spec: AttentionSpec) -> Ring:
+        """queries, keys: positions of one shard. Raises ValueError where the mask describes more than all shards hold."""
         size, rank, layout = attend.exchange.size, attend.exchange.rank, attend.layout
-        q_length, k_length = q.shape[1] * size, k.shape[1] * size
+        q_length, k_length = queries * size, keys * size
         plan = ring_plan(layout, q_length, k_length, size, mask.band, mask.boundaries, spec.positional)
         q_segments, k_segments = None, None
         if mask.q_segments is not None and mask.k_segments is not None:
-            q_segments = layout.shard(_padded(mask.q_segments, q_length), size, rank)
-            padded = _padded(mask.k_segments, k_length)
+            q_segments = layout.shard(padded_segments(mask.q_segments, q_length), size, rank)
+            padded = padded_segments(mask.k_segments, k_length)
             k_segments = tuple(layout.shard(padded, size, source) for source in range(size))
-        return _Ring(attend.kernel, attend.exchange, plan, spec, q_segments, k_segments)
+        return Ring(attend.kernel, attend.exchange, plan, spec, q_segments, k_segments)
 
     def source(self, step: int) -> int:
         """Whose shard this rank computes against in `step`."""
@@ -136,25 +141,29 @@ class _Ring:
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring, keep: Keep | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, ring: Ring, keep: Keep | None
+    ) -> tuple[Tensor, Tensor]:
         kept = keep.recall(SLOT) if keep is not None else None
-        out, lse = _forward(ring, q, k, v) if kept is None else kept
+        out, lse = ring_forward(ring, q, k, v, sinks) if kept is None else kept
         if keep is not None and kept is None:
             keep.store(SLOT, out, lse)
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.ring = ring
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        delta = row_dot(dout, out) - dlse
-        grads = _backward(ctx.ring, dout, q, k, v, lse, delta)
-        return grads.dq, grads.dk, grads.dv, None, None
+        q, k, v, sinks, out, lse = ctx.saved_tensors
+        delta = ctx.ring.kernel.delta(dout, out, dlse)
+        dsinks = None if sinks is None else sinks_gradient(sinks, lse, delta)
+        grads = ring_backward(ctx.ring, dout, q, k, v, lse, delta)
+        return grads.dq, grads.dk, grads.dv, dsinks, None, None
 
 
-def _forward(ring: _Ring, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+def ring_forward(ring: Ring, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Partial:
+    """This rank's rows, over all shards; sinks [H] applied once, at the end."""
     whole = empty_partial(q, v.shape[-1])
     for step, visiting in ring.visit(k, v):
         for plan in ring.blocks(step):
@@ -162,10 +171,13 @@ def _forward(ring: _Ring, q: Tensor, k: Tensor, v: Tensor) -> Partial:
             keys, values = visiting
             block, into = ring.block(plan, ring.source(step)), Partial(whole.out[:, rows], whole.lse[:, :, rows])
             ring.kernel.forward(q[:, rows], keys[:, columns], values[:, columns], block, ring.spec, into=into)
+    if sinks is not None:
+        add_sinks_(whole, sinks)
     return Partial(whole.out.to(q.dtype), whole.lse)
 
 
-def _backward(ring: _Ring, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor) -> Grads:
+def ring_backward(ring: Ring, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor) -> Grads:
+    """Gradients of this rank's shards; lse and delta are those of whole rows."""
     mine = zero_grads(q, k, v)
     returns = _Returns(ring, mine)
     for step, visiting in ring.visit(k, v):
@@ -194,7 +206,7 @@ def _backward(ring: _Ring, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: T
 class _Returns:
     """Gradients of visiting shards on their way home, one step behind the computation."""
 
-    def __init__(self, ring: _Ring, mine: Grads) -> None:
+    def __init__(self, ring: Ring, mine: Grads) -> None:
         self._ring, self._mine = ring, mine
         self._pending: tuple[Transfer, tuple[Tensor, ...]] | None = None
 
@@ -217,7 +229,8 @@ class _Returns:
         self._pending = None
 
 
-def _padded(segments: Tensor, length: int) -> Tensor:
+def padded_segments(segments: Tensor, length: int) -> Tensor:
+    """[B, length], more padding at the end. Raises ValueError where there are more segments than that."""
     if segments.shape[1] > length:
         raise ValueError(f"the mask describes {segments.shape[1]} positions, the shards of all ranks hold {length}")
     return torch.nn.functional.pad(segments, (0, length - segments.shape[1]), value=PADDING)

@@ -2,7 +2,8 @@
 
 `python -m tests.kernels.offline BATCH LENGTH HEADS KV_HEADS DIM DTYPE [causal|full|window]`
 
-Prints one JSON line a kernel: name, registers, stack and spills, shared memory in bytes, counts of instructions.
+Prints one JSON line a kernel: name, registers, stack and spills (also those between products), shared memory in bytes, counts of
+instructions.
 TRITON_INTERPRET must be off.
 """
 
@@ -25,6 +26,8 @@ from longtrain.attention import AttentionSpec, Band, Block
 from longtrain.kernels.flash import FlashKernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
+SPILL = r"\b(?:STL|LDL)\b"
+"""To local memory and back."""
 MNEMONICS = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")
 
 
@@ -74,7 +77,8 @@ def report(kernel: Any) -> dict[str, Any]:
         "kernel": kernel.metadata.name,
         "registers": registers,
         "stack": stack,
-        "spilled": len(re.findall(r"\bSTL\b|\bSTL\.", sass)),
+        "spilled": len(re.findall(SPILL, sass)),
+        "spilled_in_loop": len(re.findall(SPILL, sass[sass.find("HGMMA") : sass.rfind("HGMMA")])),
         "shared": kernel.metadata.shared,
         **counts,
     }

@@ -35,10 +35,10 @@ def padded(case: Case, layout: SequenceLayout, ranks: int) -> Case:
 
 
 def pad_to(x: Tensor, length: int, dim: int) -> Tensor:
-    """Padding holds numbers that must not matter."""
+    """Padding holds numbers that must not matter; but lse has a value there where there are sinks, so its gradient is 0."""
     shape = list(x.shape)
     shape[dim] = length - x.shape[dim]
-    return torch.cat([x.detach(), torch.full(shape, 7.0, dtype=x.dtype)], dim)
+    return torch.cat([x.detach(), torch.full(shape, 7.0 if x.ndim == 4 else 0.0, dtype=x.dtype)], dim)
 
 
 def run(t: Tensors, layout: SequenceLayout, ranks: int, kernel: AttentionKernel = REFERENCE) -> RingRun[dict[str, Tensor]]:
@@ -56,7 +56,10 @@ def run(t: Tensors, layout: SequenceLayout, ranks: int, kernel: AttentionKernel 
 def whole_results(t: Tensors, layout: SequenceLayout, ranks: int, kernel: AttentionKernel = REFERENCE) -> dict[str, Tensor]:
     shards = run(t, layout, ranks, kernel).results
     lengths = {name: t.k.shape[1] if name in ("dk", "dv") else t.q.shape[1] for name in PADDED_DIM}
-    return {name: layout.unshard([s[name] for s in shards], lengths[name], dim) for name, dim in PADDED_DIM.items()}
+    whole = {name: layout.unshard([s[name] for s in shards], lengths[name], dim) for name, dim in PADDED_DIM.items()}
+    if t.spec.sinks is not None:  # every rank has the gradient of its own rows
+        whole["dsinks"] = torch.stack([s["dsinks"] for s in shards]).sum(0)
+    return whole
 
 
 @settings(max_examples=150)
@@ -84,7 +87,15 @@ LONG = Case(Band.causal(), 256, None, 1, 4, 2, 32, q_documents=((100, 1, 0, 27, 
 
 @pytest.mark.parametrize("layout", SequenceLayout)
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("case", [LONG, replace(LONG, band=Band.causal(77)), replace(LONG, q_documents=None, band=Band.full())])
+@pytest.mark.parametrize(
+    "case",
+    [
+        LONG,
+        replace(LONG, band=Band.causal(77)),
+        replace(LONG, q_documents=None, band=Band.full()),
+        replace(LONG, band=Band.causal(77), sinks=True),
+    ],
+)
 def test_bf16_loses_no_more_than_one_device(case: Case, layout: SequenceLayout, ranks: int) -> None:
     """ring error <= 2.5 * local error + 2e-3 (ring-flash-attention#42): partial results are fp32."""
     t = case.tensors(torch.bfloat16)
@@ -153,18 +164,19 @@ class Counting(ReferenceKernel):
         return super().forward(*args, **kwargs)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("layout", SequenceLayout)
-def test_recomputation_calls_no_kernel_and_sends_nothing(layout: SequenceLayout) -> None:
-    t = Case(Band.causal(), 32).tensors(torch.float32)
+def test_recomputation_calls_no_kernel_and_sends_nothing(layout: SequenceLayout, sinks: bool) -> None:
+    t = Case(Band.causal(), 32, sinks=sinks).tensors(torch.float32)
     plan = ring_plan(layout, 32, 32, 4, Band.causal())
 
     def work(exchange: ThreadExchange, keep: Keep | None) -> tuple[int, tuple[Tensor, ...]]:
         kernel = Counting()
         attend = RingAttend(kernel, exchange, layout)
         q, k, v = (layout.shard(x, 4, exchange.rank).clone().requires_grad_() for x in t[:3])
-        out = checkpoint(lambda q, k, v: attend(q, k, v, t.mask, keep=keep).sin(), q, k, v, use_reentrant=False)
+        out = checkpoint(lambda q, k, v: attend(q, k, v, t.mask, t.spec, keep=keep).sin(), q, k, v, use_reentrant=False)
         assert isinstance(out, Tensor)
-        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+        gradients = torch.autograd.grad(out.sum(), (q, k, v) if t.spec.sinks is None else (q, k, v, t.spec.sinks))
         return kernel.forwards, gradients
 
     kept = run_ring(4, lambda exchange: work(exchange, Keep()))

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from longtrain.attention import Band, SequenceLayout
 from longtrain.attention.reference import ReferenceKernel
@@ -31,6 +32,7 @@ CASES = (
     Case(Band.causal(), 61, q_documents=((), (1,))),
     Case(Band.full(), 24, 48, q_documents=((10, 14), (20,)), k_documents=((30, 5), (1, 40))),
     Case(Band(3, 9), 48),
+    Case(Band.causal(13), 61, q_documents=PACKED, heads=4, dropout=0.3, alibi=True, softcap=2.0, sinks=True),
 )
 
 
@@ -47,12 +49,14 @@ def check_all(ctx: ParallelContext) -> None:
     assert (exchange.rank, exchange.size) == (ctx.cp_rank, ctx.cp)
     for case, layout in product(CASES, SequenceLayout):
         case = replace(case, seed=ctx.dp_rank)
-        check(case, layout, exchange, torch.float64)
+        check(case, layout, ctx.cp_group, torch.float64)
     for layout in SequenceLayout:
-        check(CASES[2], layout, exchange, torch.bfloat16)
+        for case in (CASES[2], CASES[-1]):
+            check(case, layout, ctx.cp_group, torch.bfloat16)
 
 
-def check(case: Case, layout: SequenceLayout, exchange: ProcessGroupExchange, dtype: torch.dtype) -> None:
+def check(case: Case, layout: SequenceLayout, group: dist.ProcessGroup | None, dtype: torch.dtype) -> None:
+    exchange = ProcessGroupExchange(group)
     t = case.tensors(dtype)
     exact = case.in_dtype(t, torch.float64)
     truth = results(naive_attention, exact[:3], exact.mask, exact.spec, exact.dout, exact.dlse)
@@ -69,10 +73,17 @@ def check(case: Case, layout: SequenceLayout, exchange: ProcessGroupExchange, dt
     ring, again = (results(attend, shards[:3], t.mask, t.spec, *shards[3:]) for _ in range(2))
     for name, value in ring.items():
         assert torch.equal(value, again[name]), f"{name} differs from run to run"
+        noise = 1e-12 if dtype == torch.float64 else None
+        if name == "dsinks":  # of the rows of each rank
+            parts = [torch.empty_like(value) for _ in range(exchange.size)]
+            dist.all_gather(parts, value, group=group)
+            assert_results_close({name: torch.stack(parts).sum(0)}, {name: truth[name]}, {name: plain[name]}, noise)
+            continue
         dim = 2 if name == "lse" else 1
         expected, low = (mine(whole[name], dim) for whole in (truth, plain))
-        if name == "lse":  # padding sees nothing
+        if name == "lse":  # padding sees nothing but the sinks
+            blind = torch.tensor(-torch.inf) if t.spec.sinks is None else t.spec.sinks.detach()[:, None].to(value.dtype)
             seen = mine(torch.ones_like(truth["lse"], dtype=torch.int8), 2).bool()
-            assert (value[~seen] == -torch.inf).all()
+            assert torch.equal(value[~seen], blind.expand_as(value)[~seen].to(value.dtype))
             value, expected, low = (x.masked_fill(~seen, -torch.inf) for x in (value, expected, low))
-        assert_results_close({name: value}, {name: expected}, {name: low}, 1e-12 if dtype == torch.float64 else None)
+        assert_results_close({name: value}, {name: expected}, {name: low}, noise)

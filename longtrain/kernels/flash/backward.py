@@ -2,11 +2,12 @@
 
 Every element is owned by one program and summed in one order, so two runs are equal bit for bit. Probabilities are recomputed from
 lse. For dk and dv the products are computed transposed, K Q^T and V dO^T: transposing a product held in registers gives wrong
-numbers on Hopper (Triton 3.4 to 3.7). p_lse and p_delta come padded to whole tiles (`kernel.padded_rows`).
+numbers on Hopper (Triton 3.4 to 3.7). p_lse and p_delta come as rows_kernel writes them.
 """
 
 from longtrain.kernels.flash.common import (
     DYNAMIC,
+    LOG2E,
     head_of,
     head_word,
     kept,
@@ -14,23 +15,63 @@ from longtrain.kernels.flash.common import (
     load_tile,
     scores,
     store_tile,
+    tile_and_head,
     tile_range,
     visible,
 )
 from longtrain.kernels.language import constexpr, jit, tl
 
 
+@jit(do_not_specialize=["heads", "length"])
+def rows_kernel(p_lse, p_delta, p_lses, p_deltas, s_lse, s_delta, heads, length, BLOCK: constexpr):
+    """lse and delta, [B, H, T], padded so that tiles need no mask: in rows that do not exist or see nothing an lse of
+    +inf makes probabilities 0. Grid: blocks of rows x heads x batch."""
+    blocks = tl.cdiv(length, BLOCK)
+    i_t, i_bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    i_b, i_h = (i_bh // heads).to(tl.int64), (i_bh % heads).to(tl.int64)
+    o_t = i_t * BLOCK + tl.arange(0, BLOCK)
+    m_t = o_t < length
+    b_lse = tl.load(p_lse + i_b * s_lse[0] + i_h * s_lse[1] + o_t.to(tl.int64) * s_lse[2], mask=m_t, other=float("-inf"))
+    b_delta = tl.load(p_delta + i_b * s_delta[0] + i_h * s_delta[1] + o_t.to(tl.int64) * s_delta[2], mask=m_t, other=0.0)
+    o_out = i_bh.to(tl.int64) * (blocks * BLOCK) + o_t
+    tl.store(p_lses + o_out, tl.where(b_lse == float("-inf"), float("inf"), b_lse))
+    tl.store(p_deltas + o_out, b_delta)
+
+
+@jit(do_not_specialize=["heads", "length"])
+def delta_kernel(
+    p_do, p_out, p_dlse, p_delta, s_do, s_out, s_dlse, heads, length, DV: constexpr, BLOCK_V: constexpr, BLOCK_T: constexpr
+):
+    """sum(dout * out) - dlse, [B, H, T]. Grid: blocks of rows x heads x batch."""
+    blocks = tl.cdiv(length, BLOCK_T)
+    i_t, i_bh = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    i_b, i_h = i_bh // heads, i_bh % heads
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    m_t = o_t < length
+    b_do = load_tile(head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, i_t * BLOCK_T, length, DV, BLOCK_T, BLOCK_V, False)
+    b_out = load_tile(
+        head_of(p_out, s_out, i_b, i_h, False), s_out[1], i_b, i_h, i_t * BLOCK_T, length, DV, BLOCK_T, BLOCK_V, False
+    )
+    p_dlse += i_b.to(tl.int64) * s_dlse[0] + i_h.to(tl.int64) * s_dlse[1] + o_t.to(tl.int64) * s_dlse[2]
+    b_delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1) - tl.load(p_dlse, mask=m_t, other=0.0)
+    tl.store(p_delta + i_bh.to(tl.int64) * length + o_t, b_delta, mask=m_t)
+
+
 @jit
-def _gradients(
-    b_s, b_dp, b_lse, b_delta, o_q, o_k, b_q_segments, b_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias,
-    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
-    DROPOUT: constexpr, MASKED: constexpr,
-):  # fmt: skip
+def _probabilities(
+    b_s, b_lse, o_q, o_k, shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr
+):
+    """Probabilities of a tile without its mask, in either orientation, and the derivative of the soft-cap."""
+    if SOFTCAP or ALIBI or BIAS:
+        b_s, b_slope = scores(b_s, o_q, o_k, shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS)
+        return tl.exp2((b_s - b_lse) * LOG2E), b_slope
+    else:
+        return tl.exp2(b_s * (numbers[0] * LOG2E) - b_lse * LOG2E), 1.0
+
+
+@jit
+def _gradients(b_p, b_dp, b_slope, b_delta, o_q, o_k, origin, numbers, word, SOFTCAP: constexpr, DROPOUT: constexpr):
     """(dropped probabilities, gradient of scores, gradient of scaled products) of a tile, in either orientation."""
-    b_s, b_slope = scores(b_s, o_q, o_k, shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS)
-    b_p = tl.exp2(b_s - b_lse)
-    if MASKED:
-        b_p = tl.where(visible(o_q, o_k, b_q_segments, b_k_segments, shape, band, HAS_LO, HAS_HI, DOCUMENTS), b_p, 0.0)
     b_dropped = b_p
     if DROPOUT:
         m_kept = kept(word, o_q, o_k, origin, numbers)
@@ -43,41 +84,11 @@ def _gradients(
     return b_dropped, b_ds, b_dx
 
 
-@jit
-def _walk_keys(
-    b_dq, b_sums, b_q, b_do, b_lse, b_delta, begin, end, p_k, p_v, s_kt, s_vt, i_b, i_kh, o_m, b_q_segments, p_k_segments,
-    s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias,
-    D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_N: constexpr, HAS_LO: constexpr, HAS_HI: constexpr,
-    DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr, DROPOUT: constexpr, SUMS: constexpr,
-    PRECISION: constexpr, TMA: constexpr, MASKED: constexpr,
-):  # fmt: skip
-    """Adds what keys [begin, end) give to one tile of dq."""
-    for o_n in range(begin, end, BLOCK_N):
-        o_n = tl.multiple_of(o_n, BLOCK_N)
-        o_k = o_n + tl.arange(0, BLOCK_N)
-        b_k = load_tile(p_k, s_kt, i_b, i_kh, o_n, shape[3], D, BLOCK_N, BLOCK_D, MASKED, TMA)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_v = load_tile(p_v, s_vt, i_b, i_kh, o_n, shape[3], DV, BLOCK_N, BLOCK_V, MASKED, TMA)
-        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        b_k_segments = o_k
-        if DOCUMENTS and MASKED:
-            b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
-        _, b_ds, b_dx = _gradients(
-            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_m[:, None], o_k[None, :], b_q_segments[:, None], b_k_segments[None, :],
-            shape, band, origin, numbers, slope, word, p_bias, s_bias, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT,
-            MASKED,
-        )  # fmt: skip
-        if SUMS:
-            b_sums += tl.sum(b_ds, 1)
-        b_dq = tl.dot(b_dx.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-    return b_dq, b_sums
-
-
 @jit(do_not_specialize=DYNAMIC)
 def queries_kernel(
     q, k, v, p_do, p_lse, p_delta, p_dq, p_sums, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
     s_q, s_k, s_v, s_do, s_lse, s_dq, s_q_segments, s_k_segments, s_bias,
-    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale, section,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
     DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
@@ -86,9 +97,7 @@ def queries_kernel(
     shape, band = (heads, group, queries, keys), (lo, hi)
     origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
     tiles = tl.cdiv(shape[2], BLOCK_M)
-    i_m, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    if HAS_LO and not HAS_HI:
-        i_m = tiles - 1 - i_m
+    i_m, i_bh = tile_and_head(section, tiles, HAS_LO and not HAS_HI)
     i_b, i_h = i_bh // shape[0], i_bh % shape[0]
     i_kh = i_h // shape[1]
     row = i_m * BLOCK_M
@@ -100,7 +109,7 @@ def queries_kernel(
         p_row = p_ranges + (i_b * tiles + i_m).to(tl.int64) * 4
         b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_m, shape[2], -2)
     begin, full_begin, full_end, end = tile_range(
-        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N, True
+        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N
     )
     slope = 0.0
     if ALIBI:
@@ -111,8 +120,8 @@ def queries_kernel(
     if BIAS:
         p_bias += i_b.to(tl.int64) * s_bias[0] + i_h.to(tl.int64) * s_bias[1]
 
-    b_q = load_tile(head_of(q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, row, shape[2], D, BLOCK_M, BLOCK_D, True, False)
-    b_do = load_tile(head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, row, shape[2], DV, BLOCK_M, BLOCK_V, True, False)
+    b_q = load_tile(head_of(q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, row, shape[2], D, BLOCK_M, BLOCK_D, False)
+    b_do = load_tile(head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, row, shape[2], DV, BLOCK_M, BLOCK_V, False)
     p_lse += i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
     p_delta += i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
     b_lse, b_delta = tl.load(p_lse + o_m), tl.load(p_delta + o_m)
@@ -120,68 +129,43 @@ def queries_kernel(
     p_v = head_of(v, s_v, i_b, i_kh, TMA)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_sums = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_HI or DOCUMENTS:
-        b_dq, b_sums = _walk_keys(
-            b_dq, b_sums, b_q, b_do, b_lse, b_delta, begin, full_begin, p_k, p_v, s_k[1], s_v[1], i_b, i_kh, o_m, b_q_segments,
-            p_k_segments, s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias, D, DV, BLOCK_D, BLOCK_V,
-            BLOCK_N, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, True,
-        )  # fmt: skip
-    b_dq, b_sums = _walk_keys(
-        b_dq, b_sums, b_q, b_do, b_lse, b_delta, full_begin, full_end, p_k, p_v, s_k[1], s_v[1], i_b, i_kh, o_m, b_q_segments,
-        p_k_segments, s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias, D, DV, BLOCK_D, BLOCK_V,
-        BLOCK_N, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, False,
-    )  # fmt: skip
-    b_dq, b_sums = _walk_keys(
-        b_dq, b_sums, b_q, b_do, b_lse, b_delta, full_end, end, p_k, p_v, s_k[1], s_v[1], i_b, i_kh, o_m, b_q_segments,
-        p_k_segments, s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias, D, DV, BLOCK_D, BLOCK_V,
-        BLOCK_N, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, True,
-    )  # fmt: skip
+    for o_n in range(begin, end, BLOCK_N):
+        o_n = tl.multiple_of(o_n, BLOCK_N)
+        o_k = o_n + tl.arange(0, BLOCK_N)
+        b_k = load_tile(p_k, s_k[1], i_b, i_kh, o_n, shape[3], D, BLOCK_N, BLOCK_D, TMA)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        b_v = load_tile(p_v, s_v[1], i_b, i_kh, o_n, shape[3], DV, BLOCK_N, BLOCK_V, TMA)
+        b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        b_p, b_slope = _probabilities(
+            b_s, b_lse[:, None], o_m[:, None], o_k[None, :], shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS
+        )
+        if (o_n < full_begin) | (o_n >= full_end):
+            b_k_segments = o_k
+            if DOCUMENTS:
+                b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
+            m_s = visible(
+                o_m[:, None], o_k[None, :], b_q_segments[:, None], b_k_segments[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
+            )
+            b_p = tl.where(m_s, b_p, 0.0)
+        _, b_ds, b_dx = _gradients(
+            b_p, b_dp, b_slope, b_delta[:, None], o_m[:, None], o_k[None, :], origin, numbers, word, SOFTCAP, DROPOUT
+        )
+        if SUMS:
+            b_sums += tl.sum(b_ds, 1)
+        b_dq = tl.dot(b_dx.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     if SUMS:
         tl.store(p_sums + i_bh.to(tl.int64) * shape[2] + o_m, b_sums, mask=o_m < shape[2])
     store_tile(head_of(p_dq, s_dq, i_b, i_h, False), b_dq * numbers[0], s_dq[1], row, shape[2], D, BLOCK_M, BLOCK_D, INTO)
-
-
-@jit
-def _walk_queries(
-    b_dk, b_dv, b_sums, b_k, b_v, begin, end, p_q, p_do, p_lse, p_delta, s_qt, s_dot, s_lse, i_b, i_h, o_n, b_k_segments,
-    p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias,
-    D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, HAS_LO: constexpr, HAS_HI: constexpr,
-    DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr, DROPOUT: constexpr, SUMS: constexpr,
-    PRECISION: constexpr, TMA: constexpr, MASKED: constexpr,
-):  # fmt: skip
-    """Adds what queries [begin, end) of one head give to one tile of dk and dv."""
-    for o in range(begin, end, BLOCK_M):
-        o = tl.multiple_of(o, BLOCK_M)
-        o_q = o + tl.arange(0, BLOCK_M)
-        b_q = load_tile(p_q, s_qt, i_b, i_h, o, shape[2], D, BLOCK_M, BLOCK_D, MASKED, TMA)
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_do = load_tile(p_do, s_dot, i_b, i_h, o, shape[2], DV, BLOCK_M, BLOCK_V, MASKED, TMA)
-        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
-        b_lse, b_delta = tl.load(p_lse + o_q), tl.load(p_delta + o_q)
-        b_q_segments = o_q
-        if DOCUMENTS and MASKED:
-            b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
-        b_dropped, b_ds, b_dx = _gradients(
-            b_s, b_dp, b_lse[None, :], b_delta[None, :], o_q[None, :], o_n[:, None], b_q_segments[None, :], b_k_segments[:, None],
-            shape, band, origin, numbers, slope, word, p_bias, s_bias, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT,
-            MASKED,
-        )  # fmt: skip
-        if SUMS:
-            b_sums += tl.sum(b_ds, 1)
-        b_dv = tl.dot(b_dropped.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
-        b_dk = tl.dot(b_dx.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
-    return b_dk, b_dv, b_sums
 
 
 @jit(do_not_specialize=DYNAMIC)
 def keys_kernel(
     q, p_k, p_v, do, p_lse, p_delta, p_dk, p_dv, p_sums, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
     s_q, s_k, s_v, s_do, s_lse, s_dk, s_dv, s_q_segments, s_k_segments, s_bias,
-    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale, section,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
     DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
-    TAIL: constexpr,
 ):  # fmt: skip
     """dk, dv, and with SUMS the gradient of scores summed over queries, fp32 [B, H, Tk]. Grid: tiles of keys x key heads x batch;
     the query heads of a key head are summed here."""
@@ -189,9 +173,7 @@ def keys_kernel(
     origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
     tiles = tl.cdiv(shape[3], BLOCK_N)
     kv_heads = shape[0] // shape[1]
-    i_n, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    if HAS_HI and not HAS_LO:
-        i_n = tiles - 1 - i_n
+    i_n, i_bh = tile_and_head(section, tiles, HAS_HI and not HAS_LO)
     i_b, i_kh = i_bh // kv_heads, i_bh % kv_heads
     row = i_n * BLOCK_N
     o_n = row + tl.arange(0, BLOCK_N)
@@ -203,10 +185,10 @@ def keys_kernel(
         b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_n, shape[3], -1)
     # the band as keys see it: -hi <= key - query <= -lo
     begin, full_begin, full_end, end = tile_range(
-        p_row, row, tl.minimum(row + BLOCK_N, shape[3]), shape[2], -band[1], -band[0], HAS_HI, HAS_LO, DOCUMENTS, BLOCK_M, TAIL
+        p_row, row, tl.minimum(row + BLOCK_N, shape[3]), shape[2], -band[1], -band[0], HAS_HI, HAS_LO, DOCUMENTS, BLOCK_M
     )
-    b_k = load_tile(head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, row, shape[3], D, BLOCK_N, BLOCK_D, True, False)
-    b_v = load_tile(head_of(p_v, s_v, i_b, i_kh, False), s_v[1], i_b, i_kh, row, shape[3], DV, BLOCK_N, BLOCK_V, True, False)
+    b_k = load_tile(head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, row, shape[3], D, BLOCK_N, BLOCK_D, False)
+    b_v = load_tile(head_of(p_v, s_v, i_b, i_kh, False), s_v[1], i_b, i_kh, row, shape[3], DV, BLOCK_N, BLOCK_V, False)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for i_g in range(0, shape[1]):
@@ -226,23 +208,32 @@ def keys_kernel(
         p_l = p_lse + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
         p_d = p_delta + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
         b_sums = tl.zeros([BLOCK_N], tl.float32)
-        if HAS_LO or DOCUMENTS:
-            b_dk, b_dv, b_sums = _walk_queries(
-                b_dk, b_dv, b_sums, b_k, b_v, begin, full_begin, p_q, p_do, p_l, p_d, s_q[1], s_do[1], s_lse, i_b, i_h, o_n,
-                b_k_segments, p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_b, s_bias, D, DV, BLOCK_D,
-                BLOCK_V, BLOCK_M, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, True,
-            )  # fmt: skip
-        b_dk, b_dv, b_sums = _walk_queries(
-            b_dk, b_dv, b_sums, b_k, b_v, full_begin, full_end, p_q, p_do, p_l, p_d, s_q[1], s_do[1], s_lse, i_b, i_h, o_n,
-            b_k_segments, p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_b, s_bias, D, DV, BLOCK_D,
-            BLOCK_V, BLOCK_M, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, False,
-        )  # fmt: skip
-        if TAIL:
-            b_dk, b_dv, b_sums = _walk_queries(
-                b_dk, b_dv, b_sums, b_k, b_v, full_end, end, p_q, p_do, p_l, p_d, s_q[1], s_do[1], s_lse, i_b, i_h, o_n,
-                b_k_segments, p_q_segments, s_q_segments, shape, band, origin, numbers, slope, word, p_b, s_bias, D, DV, BLOCK_D,
-                BLOCK_V, BLOCK_M, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, SUMS, PRECISION, TMA, True,
-            )  # fmt: skip
+        for o_m in range(begin, end, BLOCK_M):
+            o_m = tl.multiple_of(o_m, BLOCK_M)
+            o_q = o_m + tl.arange(0, BLOCK_M)
+            b_q = load_tile(p_q, s_q[1], i_b, i_h, o_m, shape[2], D, BLOCK_M, BLOCK_D, TMA)
+            b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+            b_do = load_tile(p_do, s_do[1], i_b, i_h, o_m, shape[2], DV, BLOCK_M, BLOCK_V, TMA)
+            b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+            b_lse, b_delta = tl.load(p_l + o_q), tl.load(p_d + o_q)
+            b_p, b_slope = _probabilities(
+                b_s, b_lse[None, :], o_q[None, :], o_n[:, None], shape, origin, numbers, slope, p_b, s_bias, SOFTCAP, ALIBI, BIAS
+            )
+            if (o_m < full_begin) | (o_m >= full_end):
+                b_q_segments = o_q
+                if DOCUMENTS:
+                    b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
+                m_s = visible(
+                    o_q[None, :], o_n[:, None], b_q_segments[None, :], b_k_segments[:, None], shape, band, HAS_LO, HAS_HI, DOCUMENTS
+                )
+                b_p = tl.where(m_s, b_p, 0.0)
+            b_dropped, b_ds, b_dx = _gradients(
+                b_p, b_dp, b_slope, b_delta[None, :], o_q[None, :], o_n[:, None], origin, numbers, word, SOFTCAP, DROPOUT
+            )
+            if SUMS:
+                b_sums += tl.sum(b_ds, 1)
+            b_dv = tl.dot(b_dropped.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+            b_dk = tl.dot(b_dx.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
         if SUMS:
             tl.store(p_sums + i_row * shape[3] + o_n, b_sums, mask=o_n < shape[3])
     store_tile(head_of(p_dk, s_dk, i_b, i_kh, False), b_dk * numbers[0], s_dk[1], row, shape[3], D, BLOCK_N, BLOCK_D, INTO)
@@ -276,18 +267,14 @@ def bias_kernel(
     for i in range(0, batches * shared):
         i_b, i_h = i_bb + i // shared, i_bh + i % shared
         i_kh = i_h // shape[1]
-        b_q = load_tile(
-            head_of(p_q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, i_m * BLOCK_M, shape[2], D, BLOCK_M, BLOCK_D, True, False
-        )
-        b_k = load_tile(
-            head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, i_n * BLOCK_N, shape[3], D, BLOCK_N, BLOCK_D, True, False
-        )
+        b_q = load_tile(head_of(p_q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, i_m * BLOCK_M, shape[2], D, BLOCK_M, BLOCK_D, False)
+        b_k = load_tile(head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, i_n * BLOCK_N, shape[3], D, BLOCK_N, BLOCK_D, False)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_do = load_tile(
-            head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, i_m * BLOCK_M, shape[2], DV, BLOCK_M, BLOCK_V, True, False
+            head_of(p_do, s_do, i_b, i_h, False), s_do[1], i_b, i_h, i_m * BLOCK_M, shape[2], DV, BLOCK_M, BLOCK_V, False
         )
         b_v = load_tile(
-            head_of(p_v, s_v, i_b, i_kh, False), s_v[1], i_b, i_kh, i_n * BLOCK_N, shape[3], DV, BLOCK_N, BLOCK_V, True, False
+            head_of(p_v, s_v, i_b, i_kh, False), s_v[1], i_b, i_kh, i_n * BLOCK_N, shape[3], DV, BLOCK_N, BLOCK_V, False
         )
         b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         p_l = p_lse + i_b.to(tl.int64) * s_lse[0] + i_h.to(tl.int64) * s_lse[1]
@@ -304,10 +291,16 @@ def bias_kernel(
             b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
             b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
         p_b = p_bias + i_b.to(tl.int64) * s_bias[0] + i_h.to(tl.int64) * s_bias[1]
+        b_p, b_slope = _probabilities(
+            b_s, b_lse[:, None], o_q[:, None], o_k[None, :], shape, origin, numbers, slope, p_b, s_bias, SOFTCAP, ALIBI, True
+        )
+        m_s = visible(
+            o_q[:, None], o_k[None, :], b_q_segments[:, None], b_k_segments[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
+        )
+        b_p = tl.where(m_s, b_p, 0.0)
         _, b_ds, _ = _gradients(
-            b_s, b_dp, b_lse[:, None], b_delta[:, None], o_q[:, None], o_k[None, :], b_q_segments[:, None], b_k_segments[None, :],
-            shape, band, origin, numbers, slope, word, p_b, s_bias, HAS_LO, HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, True, DROPOUT, True,
-        )  # fmt: skip
+            b_p, b_dp, b_slope, b_delta[:, None], o_q[:, None], o_k[None, :], origin, numbers, word, SOFTCAP, DROPOUT
+        )
         b_sum += b_ds
     p_out = p_dbias + i_bb.to(tl.int64) * s_dbias[0] + i_bh.to(tl.int64) * s_dbias[1]
     p_out += o_q.to(tl.int64)[:, None] * s_dbias[2] + o_k.to(tl.int64)[None, :] * s_dbias[3]

@@ -9,12 +9,11 @@ band = (lo, hi); origin = (q_start, k_start, stride); numbers = (scale, softcap,
 from longtrain.kernels.language import constexpr, jit, tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 NONE = tl.constexpr(0x7FFFFFFF)
 
 # what changes from call to call must not compile a kernel anew; as elements of a tuple these would. A length of 1 as a constant
 # crashes ptxas besides. Groups of query heads are left out: a loop over one head is none, which saves registers.
-DYNAMIC = ["heads", "queries", "keys", "lo", "hi", "q_start", "k_start", "stride", "threshold"]
+DYNAMIC = ["heads", "queries", "keys", "lo", "hi", "q_start", "k_start", "stride", "threshold", "section"]
 
 
 @jit(do_not_specialize=["length", "tiles"])
@@ -65,10 +64,10 @@ def ranges_kernel(p_rows, p_columns, p_ranges, rows, columns, CHUNK: constexpr):
 @jit
 def tile_range(
     p_ranges, row, row_end, columns, lo, hi,
-    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, BLOCK: constexpr, TAIL: constexpr,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     """(begin, full_begin, full_end, end), multiples of BLOCK but for the end: the columns c that rows [row, row_end) see under
-    lo <= row - c <= hi, and among them whole tiles that need no mask; without TAIL these go on beyond the last column."""
+    lo <= row - c <= hi, and among them whole tiles that need no mask."""
     begin = row * 0
     end = begin + columns
     full_begin = begin
@@ -81,22 +80,13 @@ def tile_range(
         full_end = tl.maximum(tl.minimum(row + 1 - lo, columns), 0)
     begin = begin // BLOCK * BLOCK
     full_begin = (full_begin + BLOCK - 1) // BLOCK * BLOCK
-    if not TAIL:
-        full_begin = tl.minimum(full_begin, end)
-        return tl.multiple_of(begin, BLOCK), full_begin, end, end
     full_end = full_end // BLOCK * BLOCK
     if DOCUMENTS:
         begin = tl.maximum(begin, tl.load(p_ranges) * BLOCK)
         end = tl.minimum(end, tl.load(p_ranges + 1) * BLOCK)
         full_begin = tl.maximum(full_begin, tl.load(p_ranges + 2) * BLOCK)
         full_end = tl.minimum(full_end, tl.load(p_ranges + 3) * BLOCK)
-    none = full_begin >= full_end
-    full_begin = tl.where(none, begin, full_begin)
-    full_end = tl.where(none, begin, full_end)
-    begin = tl.multiple_of(begin, BLOCK)
-    full_begin = tl.multiple_of(full_begin, BLOCK)
-    full_end = tl.multiple_of(full_end, BLOCK)
-    return begin, full_begin, full_end, end
+    return tl.multiple_of(begin, BLOCK), full_begin, full_end, end
 
 
 @jit
@@ -109,10 +99,8 @@ def head_of(x, s_x, i_b, i_h, TMA: constexpr):
 
 
 @jit
-def load_tile(
-    p_x, s_t, i_b, i_h, o_t, length, WIDTH: constexpr, BLOCK_T: constexpr, BLOCK_W: constexpr, BOUNDED: constexpr, TMA: constexpr
-):
-    """[BLOCK_T, BLOCK_W] rows from o_t on; 0 beyond the width, and where BOUNDED beyond the length (TMA: always)."""
+def load_tile(p_x, s_t, i_b, i_h, o_t, length, WIDTH: constexpr, BLOCK_T: constexpr, BLOCK_W: constexpr, TMA: constexpr):
+    """[BLOCK_T, BLOCK_W] rows from o_t on; 0 beyond the length and the width."""
     if TMA:
         return p_x.load([i_b, o_t, i_h, 0]).reshape(BLOCK_T, BLOCK_W)
     else:
@@ -120,14 +108,10 @@ def load_tile(
         o_w = tl.arange(0, BLOCK_W)
         # 32 bits suffice inside a tile (the launcher sees to it), not inside a tensor
         p_tile = p_x + tl.cast(o_t, tl.int64) * s_t + (o_r[:, None] * s_t + o_w[None, :])
-        if BOUNDED and WIDTH != BLOCK_W:
+        if WIDTH != BLOCK_W:
             return tl.load(p_tile, mask=(o_t + o_r < length)[:, None] & (o_w < WIDTH)[None, :], other=0.0)
-        elif BOUNDED:
-            return tl.load(p_tile, mask=(o_t + o_r < length)[:, None], other=0.0)
-        elif WIDTH != BLOCK_W:
-            return tl.load(p_tile, mask=(o_w < WIDTH)[None, :], other=0.0)
         else:
-            return tl.load(p_tile)
+            return tl.load(p_tile, mask=(o_t + o_r < length)[:, None], other=0.0)
 
 
 @jit
@@ -152,15 +136,35 @@ def load_segments(p_segments, s_segments, i_b, o_t, length, OTHER: constexpr):
 
 @jit
 def visible(o_q, o_k, b_q_segments, b_k_segments, shape, band, HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr):
-    """Which pairs of a tile see each other."""
-    m = (o_q < shape[2]) & (o_k < shape[3])
-    if HAS_LO:
-        m = m & (o_q - o_k >= band[0])
+    """Which pairs of a tile see each other; of queries beyond the last, which are never stored, it says nothing."""
+    if DOCUMENTS:  # segments of keys beyond the last equal no query's
+        m = b_q_segments == b_k_segments
+        if HAS_LO:
+            m = m & (o_k <= o_q - band[0])
+    elif HAS_LO:
+        m = o_k <= tl.minimum(o_q - band[0], shape[3] - 1)
+    else:
+        m = (o_k < shape[3]) & (o_q >= 0)
     if HAS_HI:
-        m = m & (o_q - o_k <= band[1])
-    if DOCUMENTS:
-        m = m & (b_q_segments == b_k_segments)
+        m = m & (o_k >= o_q - band[1])
     return m
+
+
+@jit
+def tile_and_head(section, tiles, LAST_FIRST: constexpr):
+    """(tile, head of the batch) of a program: `section` heads at a time, all of their tiles of one position together.
+
+    Programs start in this order. The longest come first, so that none is left running alone at the end; what a section reads fits
+    the L2 cache.
+    """
+    heads = tl.num_programs(0) // tiles
+    first = tl.program_id(0) // (tiles * section) * section
+    rest = tl.program_id(0) % (tiles * section)
+    here = tl.minimum(section, heads - first)
+    i_t = rest // here
+    if LAST_FIRST:
+        i_t = tiles - 1 - i_t
+    return i_t, first + rest % here
 
 
 @jit
@@ -177,10 +181,8 @@ def tanh(x):
 
 @jit
 def scores(b_s, o_q, o_k, shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr):
-    """Scores times log2(e) of plain products, and the derivative of the soft-cap (1 without one)."""
+    """Scores of plain products, and the derivative of the soft-cap (1 without one)."""
     b_slope = 1.0
-    if not (SOFTCAP or ALIBI or BIAS):
-        return b_s * (numbers[0] * LOG2E), b_slope
     b_s = b_s * numbers[0]
     if SOFTCAP:
         b_t = tanh(b_s / numbers[1])
@@ -193,7 +195,7 @@ def scores(b_s, o_q, o_k, shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP
         m_b = (o_q < shape[2]) & (o_k < shape[3])
         p_b = p_bias + (o_q.to(tl.int64) * s_bias[2] + o_k.to(tl.int64) * s_bias[3])
         b_s = b_s + tl.load(p_b, mask=m_b, other=0.0).to(tl.float32)
-    return b_s * LOG2E, b_slope
+    return b_s, b_slope
 
 
 @jit

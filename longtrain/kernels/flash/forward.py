@@ -5,71 +5,25 @@ Dao et al. 2022, 2023 (FlashAttention): the softmax is kept as a running maximum
 
 from longtrain.kernels.flash.common import (
     DYNAMIC,
-    LN2,
+    LOG2E,
     head_of,
     head_word,
     kept,
     load_segments,
     load_tile,
     scores,
+    tile_and_head,
     tile_range,
     visible,
 )
 from longtrain.kernels.language import constexpr, jit, tl
 
 
-@jit
-def _walk(
-    b_acc, b_sum, b_max, b_q, begin, end, p_k, p_v, s_kt, s_vt, i_b, i_kh, o_m, b_q_segments, p_k_segments, s_k_segments,
-    shape, band, origin, numbers, slope, word, p_bias, s_bias,
-    D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_N: constexpr, HAS_LO: constexpr, HAS_HI: constexpr,
-    DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr, DROPOUT: constexpr, PLAIN: constexpr,
-    PRECISION: constexpr, TMA: constexpr, MASKED: constexpr,
-):  # fmt: skip
-    """Adds keys [begin, end) to the running sums of one tile of queries."""
-    factor = numbers[0] * 1.4426950408889634
-    for o_n in range(begin, end, BLOCK_N):
-        o_n = tl.multiple_of(o_n, BLOCK_N)
-        b_k = load_tile(p_k, s_kt, i_b, i_kh, o_n, shape[3], D, BLOCK_N, BLOCK_D, MASKED, TMA)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        o_k = o_n + tl.arange(0, BLOCK_N)
-        if not PLAIN:
-            b_s, _ = scores(b_s, o_m[:, None], o_k[None, :], shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS)
-        if MASKED:
-            b_k_segments = o_k
-            if DOCUMENTS:
-                b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
-            m_s = visible(
-                o_m[:, None], o_k[None, :], b_q_segments[:, None], b_k_segments[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
-            )
-            b_s = tl.where(m_s, b_s, float("-inf"))
-        b_new = tl.max(b_s, 1)
-        if PLAIN:
-            b_new = b_new * factor
-        b_new = tl.maximum(b_max, b_new)
-        b_floor = b_new
-        if MASKED or BIAS:  # a row that saw nothing so far: -inf - -inf would be NaN
-            b_floor = tl.where(b_new == float("-inf"), 0.0, b_new)
-        if PLAIN:
-            b_p = tl.exp2(b_s * factor - b_floor[:, None])
-        else:
-            b_p = tl.exp2(b_s - b_floor[:, None])
-        b_old = tl.exp2(b_max - b_floor)
-        b_sum = b_sum * b_old + tl.sum(b_p, 1)
-        b_acc = b_acc * b_old[:, None]
-        if DROPOUT:
-            b_p = tl.where(kept(word, o_m[:, None], o_k[None, :], origin, numbers), b_p, 0.0)
-        b_v = load_tile(p_v, s_vt, i_b, i_kh, o_n, shape[3], DV, BLOCK_N, BLOCK_V, MASKED, TMA)
-        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
-        b_max = b_new
-    return b_acc, b_sum, b_max
-
-
 @jit(do_not_specialize=DYNAMIC)
 def forward_kernel(
     q, k, v, p_out, p_lse, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
     s_q, s_k, s_v, s_out, s_lse, s_q_segments, s_k_segments, s_bias,
-    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale, section,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
     DROPOUT: constexpr, PLAIN: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
@@ -78,9 +32,7 @@ def forward_kernel(
     shape, band = (heads, group, queries, keys), (lo, hi)
     origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
     tiles = tl.cdiv(shape[2], BLOCK_M)
-    i_m, i_bh = tl.program_id(0) % tiles, tl.program_id(0) // tiles
-    if HAS_LO and not HAS_HI:
-        i_m = tiles - 1 - i_m  # later queries see more keys: the longest rows first
+    i_m, i_bh = tile_and_head(section, tiles, HAS_LO and not HAS_HI)
     i_b, i_h = i_bh // shape[0], i_bh % shape[0]
     i_kh = i_h // shape[1]
     row = i_m * BLOCK_M
@@ -92,7 +44,7 @@ def forward_kernel(
         p_row = p_ranges + (i_b * tiles + i_m).to(tl.int64) * 4
         b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_m, shape[2], -2)
     begin, full_begin, full_end, end = tile_range(
-        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N, True
+        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N
     )
     slope = 0.0
     if ALIBI:
@@ -103,31 +55,48 @@ def forward_kernel(
     if BIAS:
         p_bias += i_b.to(tl.int64) * s_bias[0] + i_h.to(tl.int64) * s_bias[1]
 
-    b_q = load_tile(head_of(q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, row, shape[2], D, BLOCK_M, BLOCK_D, True, False)
+    b_q = load_tile(head_of(q, s_q, i_b, i_h, False), s_q[1], i_b, i_h, row, shape[2], D, BLOCK_M, BLOCK_D, False)
     p_k = head_of(k, s_k, i_b, i_kh, TMA)
     p_v = head_of(v, s_v, i_b, i_kh, TMA)
     b_acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if HAS_HI or DOCUMENTS:
-        b_acc, b_sum, b_max = _walk(
-            b_acc, b_sum, b_max, b_q, begin, full_begin, p_k, p_v, s_k[1], s_v[1], i_b, i_kh, o_m, b_q_segments, p_k_segments,
-            s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias, D, DV, BLOCK_D, BLOCK_V, BLOCK_N, HAS_LO,
-            HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, PLAIN, PRECISION, TMA, True,
-        )  # fmt: skip
-    b_acc, b_sum, b_max = _walk(
-        b_acc, b_sum, b_max, b_q, full_begin, full_end, p_k, p_v, s_k[1], s_v[1], i_b, i_kh, o_m, b_q_segments, p_k_segments,
-        s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias, D, DV, BLOCK_D, BLOCK_V, BLOCK_N, HAS_LO,
-        HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, PLAIN, PRECISION, TMA, False,
-    )  # fmt: skip
-    b_acc, b_sum, b_max = _walk(
-        b_acc, b_sum, b_max, b_q, full_end, end, p_k, p_v, s_k[1], s_v[1], i_b, i_kh, o_m, b_q_segments, p_k_segments,
-        s_k_segments, shape, band, origin, numbers, slope, word, p_bias, s_bias, D, DV, BLOCK_D, BLOCK_V, BLOCK_N, HAS_LO,
-        HAS_HI, DOCUMENTS, SOFTCAP, ALIBI, BIAS, DROPOUT, PLAIN, PRECISION, TMA, True,
-    )  # fmt: skip
+    for o_n in range(begin, end, BLOCK_N):
+        o_n = tl.multiple_of(o_n, BLOCK_N)
+        o_k = o_n + tl.arange(0, BLOCK_N)
+        b_k = load_tile(p_k, s_k[1], i_b, i_kh, o_n, shape[3], D, BLOCK_N, BLOCK_D, TMA)
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if not PLAIN:
+            b_s, _ = scores(b_s, o_m[:, None], o_k[None, :], shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS)
+        if (o_n < full_begin) | (o_n >= full_end):
+            b_k_segments = o_k
+            if DOCUMENTS:
+                b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
+            m_s = visible(
+                o_m[:, None], o_k[None, :], b_q_segments[:, None], b_k_segments[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
+            )
+            b_s = tl.where(m_s, b_s, float("-inf"))
+        b_new = tl.max(b_s, 1)
+        if PLAIN:
+            b_new = b_new * numbers[0]
+        b_new = tl.maximum(b_max, b_new)
+        # a row that saw nothing so far: -inf - -inf would be NaN
+        b_floor = tl.where(b_new == float("-inf"), 0.0, b_new)
+        if PLAIN:
+            b_p = tl.exp2(b_s * (numbers[0] * LOG2E) - (b_floor * LOG2E)[:, None])
+        else:  # large scores lose less if subtracted first
+            b_p = tl.exp2((b_s - b_floor[:, None]) * LOG2E)
+        b_old = tl.exp2((b_max - b_floor) * LOG2E)
+        b_sum = b_sum * b_old + tl.sum(b_p, 1)
+        b_acc = b_acc * b_old[:, None]
+        if DROPOUT:
+            b_p = tl.where(kept(word, o_m[:, None], o_k[None, :], origin, numbers), b_p, 0.0)
+        b_v = load_tile(p_v, s_v[1], i_b, i_kh, o_n, shape[3], DV, BLOCK_N, BLOCK_V, TMA)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+        b_max = b_new
 
     seen = b_sum > 0
-    b_lse = tl.where(seen, b_max * LN2 + tl.log(b_sum), float("-inf"))
+    b_lse = tl.where(seen, b_max + tl.log(b_sum), float("-inf"))
     b_weight = tl.where(seen, 1.0 / b_sum, 0.0)
     if DROPOUT:
         b_weight = b_weight * numbers[3]

@@ -1,0 +1,121 @@
+"""docs/performance.md from the files of benchmarks/results: `python -m benchmarks.page` from the repository root.
+
+What stands between a pair of `<!-- begin NAME -->` and `<!-- end NAME -->` is replaced, the words around it are written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+RESULTS = ROOT / "benchmarks" / "results"
+DEVICE = "nvidia-h100-80gb-hbm3"
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}-{DEVICE}.json").read_text())
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return f"`{found['command']}`, {found['device']}, {versions}."
+
+
+def attention() -> str:
+    found = read("attention")
+    names = {"ours": "longtrain", "cudnn": "cuDNN", "flash": "FlashAttention-2", "flex": "FlexAttention", "varlen": "FA-2 varlen"}
+
+    def cell(result: dict[str, Any]) -> str:
+        return f"{result['forward']:.0f} / {result['backward']:.0f}" if "forward" in result else "-"
+
+    rows = []
+    for row in found["rows"]:
+        if "naive" not in row["results"]:
+            p = row["problem"]
+            shape = f"{p['batch']} x {p['length']}, {p['heads']}/{p['kv_heads']} heads"
+            rows.append([p["name"], shape, f"{row['touched']:.2f}", *(cell(row["results"].get(name, {})) for name in names)])
+    return source(found) + "\n\n" + table(["", "shape", "touched / visible", *names.values()], rows)
+
+
+def naive() -> str:
+    rows = []
+    for row in read("attention")["rows"]:
+        if "naive" in row["results"]:
+            ours, plain = row["results"]["ours"], row["results"]["naive"]
+            speed = (plain["forward_ms"] + plain["backward_ms"]) / (ours["forward_ms"] + ours["backward_ms"])
+            times = [f"{r['forward_ms']:.2f} / {r['backward_ms']:.2f}" for r in (ours, plain)]
+            memory = [f"{r['memory_mib']:.0f}" for r in (ours, plain)]
+            saved = 1 - ours["memory_mib"] / plain["memory_mib"]
+            rows.append([f"{row['problem']['length']} tokens", *times, f"{speed:.0f}x", *memory, f"{saved:.0%} less"])
+    head = ["", "longtrain, ms", "plain torch, ms", "speed", "longtrain, MiB", "plain torch, MiB", "memory"]
+    return table(head, rows)
+
+
+def layers() -> str:
+    found = read("layers")
+    rows = []
+    for row in found["rows"]:
+        of = row["results"]
+        cells = [
+            f"{of[n]['forward']:.0f} / {of[n]['backward']:.0f}" if "forward" in of.get(n, {}) else "-"
+            for n in ("fused", "compile", "liger", "eager")
+        ]
+        share = [f"{of['fused'][way] / found['copy']:.0%}" for way in ("forward", "backward")]
+        rows.append([row["layer"], cells[0], " / ".join(share), *cells[1:]])
+    head = ["", "longtrain", "of a copy", "torch.compile", "Liger", "torch"]
+    return source(found) + f" A copy moves {found['copy']:.0f} GB/s.\n\n" + table(head, rows)
+
+
+def loss() -> str:
+    found = read("loss")
+    parts = [source(found)]
+    for row in found["rows"]:
+        p, bare = row["problem"], sum(row["bare_ms"].values())
+        parts.append(
+            f"{p['tokens']} tokens, vocabulary {p['vocabulary']}, hidden {p['hidden']}; the three products alone: {bare:.1f} ms"
+        )
+        cells = [
+            [name, f"{r['ms']:.1f}", f"{bare / r['ms']:.0%}", f"{r['extra_mib']:.0f}"]
+            for name, r in row["results"].items()
+            if "ms" in r
+        ]
+        parts.append(table(["", "ms", "of the bare products", "extra MiB"], cells))
+    return "\n\n".join(parts)
+
+
+def block() -> str:
+    rows = read("layers")["block"]
+    plain = next(row["ms"] for row in rows if not row["fused"])
+    cells = [
+        [", ".join(row["fused"]) or "none", f"{row['ms']:.1f}", f"{row['ms'] / plain:.3f}", f"{row['peak_gib']:.2f}"]
+        for row in rows
+    ]
+    return table(["fused", "ms", "against none", "peak GiB"], cells)
+
+
+PARTS: dict[str, Callable[[], str]] = {f.__name__: f for f in (attention, naive, layers, loss, block)}
+
+
+def page(text: str) -> str:
+    """The page with every part made anew."""
+    for name, part in PARTS.items():
+        pattern = rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)"
+        assert re.search(pattern, text, re.S), f"{PAGE}: no part {name}"
+        text = re.sub(pattern, lambda found, part=part: f"{found[1]}{part()}\n{found[2]}", text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text()))
+    print(f"wrote {PAGE}")

@@ -1,0 +1,213 @@
+"""Attention as operators of torch: `longtrain::attention_forward` and `longtrain::attention_backward`.
+
+Compilers and FLOP counters see operators only. A compiled model calls these instead of the autograd function of
+`kernels.local`, so attention breaks no graph; eager code does not, for dispatching costs more than calling. An operator takes
+tensors, numbers and strings: a mask and a spec are passed field by field, a kernel as its handle.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+
+from longtrain.attention.mask import Band
+from longtrain.attention.merge import accumulator_dtype, add_sinks_, sinks_gradient
+from longtrain.attention.protocol import AttentionKernel, Block, Partial
+from longtrain.attention.spec import AttentionSpec
+from longtrain.errors import KernelError
+from longtrain.kernels.flops import backward_flops, forward_flops
+
+_HANDLES: dict[str, AttentionKernel] = {}
+
+
+def handle(kernel: AttentionKernel) -> str:
+    """A string that stands for this very instance in this process: its name, numbered from the second instance on.
+
+    Handles are for good: a graph, or a backward still to run, may hold the string alone.
+    """
+    for known, other in _HANDLES.items():
+        if other is kernel:
+            return known
+    same = sum(other.name == kernel.name for other in _HANDLES.values())
+    new = f"{kernel.name}#{same + 1}" if same else kernel.name
+    _HANDLES[new] = kernel
+    return new
+
+
+def kernel_of(handle: str) -> AttentionKernel:
+    """Raises KernelError for a handle of another process."""
+    if handle not in _HANDLES:
+        raise KernelError(f"attention operator: no kernel {handle!r} in this process; make a LocalAttend with it before running")
+    return _HANDLES[handle]
+
+
+class Flat(NamedTuple):
+    """A block, a spec and a kernel's handle as arguments of an operator, in the order of `_FLAT`."""
+
+    q_segments: Tensor | None
+    k_segments: Tensor | None
+    bias: Tensor | None
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    dropout_seed: Tensor | None
+    lo: int | None
+    hi: int | None
+    q_start: int
+    k_start: int
+    stride: int
+    scale: float | None
+    softcap: float | None
+    dropout: float
+    kernel: str
+
+    @staticmethod
+    def of(block: Block, spec: AttentionSpec, kernel: str) -> Flat:
+        return Flat(
+            block.q_segments,
+            block.k_segments,
+            spec.bias,
+            spec.sinks,
+            spec.alibi_slopes,
+            spec.dropout_seed,
+            block.band.lo,
+            block.band.hi,
+            block.q_start,
+            block.k_start,
+            block.stride,
+            spec.scale,
+            spec.softcap,
+            spec.dropout,
+            kernel,
+        )
+
+    @property
+    def block(self) -> Block:
+        return Block(Band(self.lo, self.hi), self.q_segments, self.k_segments, self.q_start, self.k_start, self.stride)
+
+    @property
+    def spec(self) -> AttentionSpec:
+        return AttentionSpec(self.scale, self.softcap, self.alibi_slopes, self.bias, self.dropout, self.dropout_seed, self.sinks)
+
+
+_TENSORS = 6
+"""How many of the fields of Flat are tensors; they come first."""
+_FLAT = (
+    "Tensor? q_segments, Tensor? k_segments, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, "
+    "SymInt? lo, SymInt? hi, SymInt q_start, SymInt k_start, SymInt stride, float? scale, float? softcap, float dropout, str kernel"
+)
+
+
+class Gradients(NamedTuple):
+    """Of q, k, v, and of bias and sinks where there are any."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None
+    dsinks: Tensor | None
+
+    @staticmethod
+    def of(present: list[Tensor], spec: AttentionSpec | Flat) -> Gradients:
+        """From what `attention_backward` returns."""
+        dq, dk, dv, *more = present
+        dsinks = more.pop() if spec.sinks is not None else None
+        return Gradients(dq, dk, dv, more.pop() if spec.bias is not None else None, dsinks)
+
+
+def run_forward(kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> Partial:
+    """A kernel's (out, lse) with the sinks of the spec."""
+    part = kernel.forward(q, k, v, block, spec.without_sinks)
+    return part if spec.sinks is None else add_sinks_(part, spec.sinks)
+
+
+def run_backward(
+    kernel: AttentionKernel,
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block: Block,
+    spec: AttentionSpec,
+) -> Gradients:
+    """out, lse: of `run_forward`."""
+    delta = kernel.delta(dout, out, dlse)
+    dsinks = None if spec.sinks is None else sinks_gradient(spec.sinks, lse, delta)
+    return Gradients(*kernel.backward(dout, q, k, v, lse, delta, block, spec.without_sinks), dsinks)
+
+
+def counts_flops() -> bool:
+    """Whether a FlopCounterMode is on. What it must see has to go through the operators."""
+    return any(isinstance(getattr(mode, "counter", None), FlopCounterMode) for mode in _get_current_dispatch_mode_stack())
+
+
+@torch.library.custom_op(
+    "longtrain::attention_forward", mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {_FLAT}) -> (Tensor, Tensor)"
+)
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    """`LocalAttend.with_lse`, differentiable; `flat` are the fields of `Flat`. Results are contiguous."""
+    given = Flat(*flat)
+    out, lse = run_forward(kernel_of(given.kernel), q, k, v, given.block, given.spec)
+    return out.contiguous(), lse.contiguous()
+
+
+@attention_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _dim = q.shape
+    out = q.new_empty(batch, queries, heads, v.shape[-1])
+    return out, q.new_empty(batch, heads, queries, dtype=accumulator_dtype(q.dtype))
+
+
+@torch.library.custom_op(
+    "longtrain::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_FLAT}) -> Tensor[]",
+)
+def attention_backward(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any
+) -> list[Tensor]:
+    """[dq, dk, dv], then dbias where there is a bias and dsinks where there are sinks; contiguous."""
+    given = Flat(*flat)
+    grads = run_backward(kernel_of(given.kernel), dout, dlse, q, k, v, out, lse, given.block, given.spec)
+    return [grad.contiguous() for grad in grads if grad is not None]
+
+
+@attention_backward.register_fake
+def _(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any) -> list[Tensor]:
+    given = Flat(*flat)
+    return [x.new_empty(x.shape) for x in (q, k, v, given.bias, given.sinks) if x is not None]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *flat = inputs
+    ctx.save_for_backward(q, k, v, *output, *flat[:_TENSORS])
+    ctx.plain = flat[_TENSORS:]
+
+
+def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    given = Flat(*tensors, *ctx.plain)
+    grads = Gradients.of(attention_backward(dout, dlse, q, k, v, out, lse, *given), given)
+    of_flat: dict[str, Tensor | None] = dict.fromkeys(Flat._fields) | {"bias": grads.dbias, "sinks": grads.dsinks}
+    return *grads[:3], *of_flat.values()
+
+
+attention_forward.register_autograd(_gradients, setup_context=_save)
+
+
+@register_flop_formula(torch.ops.longtrain.attention_forward)
+def _(q: Any, k: Any, v: Any, *flat: Any, **_results: Any) -> int:
+    given = Flat(*flat)
+    return forward_flops(q, k, v, Band(given.lo, given.hi))
+
+
+@register_flop_formula(torch.ops.longtrain.attention_backward)
+def _(dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *flat: Any, **_results: Any) -> int:
+    given = Flat(*flat)
+    return backward_flops(q, k, v, Band(given.lo, given.hi))
