@@ -1,4 +1,4 @@
-"""Where documents come from: one text file is one document, named by its path below the source folder."""
+"""Files below a folder: a text file is one document, named by its path; a file of records holds many."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ _CODE = {".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".kt"
 _SCRIPTS = {".php", ".pl", ".lua", ".jl", ".r", ".m", ".swift", ".cs", ".hs", ".ml", ".sh", ".sql"}
 
 TEXT_SUFFIXES = frozenset(_PROSE | _CODE | _SCRIPTS)
-"""What counts as text without --glob. Containers of many documents (.jsonl, .csv) are left out: a file is one document."""
+"""What counts as text without --glob: a file is one document."""
+
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".ndjson", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
+PARQUET = (".parquet",)
+CONTAINERS = JSON_LINES + PARQUET
+"""Ends of the names of files of records, each of them a document."""
 
 STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"})
 """Tests, generated code tables, and what is not the standard library."""
@@ -40,37 +45,57 @@ STDLIB_HELD_OUT = frozenset(
 """In every Python from 3.11 on, long and short, prose and code: about 3% of the tokens."""
 
 
+EXAMPLES = 5
+"""Of what did not become a document, shown by name."""
+
+_REASONS = {"not_utf8": "not UTF-8", "unreadable": "unreadable", "empty": "empty", "malformed": "malformed"}
+
+
 @dataclass(frozen=True)
 class Document:
-    """A text file: `name` is its path below the source with forward slashes, on every machine the same."""
+    """A file: `name` is its path below the source with forward slashes, on every machine the same. modified: in nanoseconds."""
 
     name: str
     path: Path
+    size: int = 0
+    modified: int = 0
 
 
 @dataclass
 class Skipped:
-    """Names of the files that did not become documents, by reason."""
+    """Files and records that did not become documents: how many by reason, and the names of the first few."""
 
-    not_utf8: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
+    number: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_REASONS, 0))
+    examples: dict[str, list[str]] = field(default_factory=lambda: {reason: [] for reason in _REASONS})
+
+    def add(self, reason: str, name: str) -> None:
+        """reason: not_utf8, unreadable, empty or malformed."""
+        self.number[reason] += 1
+        if len(self.examples[reason]) < EXAMPLES:
+            self.examples[reason].append(name.encode("utf-8", "replace").decode())
+
+    def extend(self, later: Skipped) -> None:
+        """Adds what was skipped after this."""
+        for reason, names in later.examples.items():
+            self.number[reason] += later.number[reason]
+            self.examples[reason] = (self.examples[reason] + names)[:EXAMPLES]
 
     def counts(self) -> dict[str, int]:
-        """Number of files by reason."""
-        return {"not_utf8": len(self.not_utf8), "unreadable": len(self.unreadable), "empty": len(self.empty)}
+        """Number of files and records by reason."""
+        return dict(self.number)
 
     def __str__(self) -> str:
-        reasons = (("not UTF-8", self.not_utf8), ("unreadable", self.unreadable), ("empty", self.empty))
-        return "; ".join(f"{len(names)} {reason} ({_some(names)})" for reason, names in reasons if names)
+        found = ((reason, number) for reason, number in self.number.items() if number)
+        return "; ".join(f"{number} {_REASONS[reason]} ({_some(self.examples[reason], number)})" for reason, number in found)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of both splits, each in the shuffled order in which they are written."""
+    """Text files of both splits, each in the shuffled order in which they are written, and files that hold many documents."""
 
     train: tuple[Document, ...]
     heldout: tuple[Document, ...]
+    containers: tuple[Document, ...]
     skipped: Skipped
 
 
@@ -84,9 +109,9 @@ def find_corpus(
 ) -> Corpus:
     """All text files below `source`, split and shuffled. Hidden files and folders are left out, and those named in `skip_folders`.
 
-    globs: patterns on a document's name ('**' crosses folders); none means TEXT_SUFFIXES. held_out: the share of documents kept
-    from training, chosen by a hash of the name, or the names themselves. Order and split depend on names and seed alone.
-    DataError where the folder is missing or a split has no document.
+    globs: patterns on a document's name ('**' crosses folders); none means TEXT_SUFFIXES and CONTAINERS, but not both in a folder.
+    held_out: the share of documents kept from training, chosen by a hash of the name, or the names themselves. Order and split
+    depend on names and seed alone. DataError where the folder is missing or a split of text files has no document.
     """
     if not source.is_dir():
         problem = "is a file; give the folder that holds it" if source.exists() else "no such folder"
@@ -94,44 +119,37 @@ def find_corpus(
     skipped = Skipped()
     wanted = _name_filter(globs)
     others: Counter[str] = Counter()
-    documents = []
+    documents, containers = [], []
     for document in _walk(source, skip_folders, skipped):
         if wanted(document.name):
-            documents.append(document)
+            (containers if document.name.lower().endswith(CONTAINERS) else documents).append(document)
         else:
             others[document.path.suffix or "no suffix"] += 1
+    containers = tuple(sorted(containers, key=lambda container: container.name))
+    if documents and containers and not globs:
+        raise DataError(
+            f"--source {source}: holds {len(documents)} text files ({_some([document.name for document in documents])}) and "
+            f"{len(containers)} files of records ({_some([container.name for container in containers])}); say which with --glob, "
+            f"for example --glob '**/*{containers[0].path.suffix}'"
+        )
+    if not documents and containers:
+        return Corpus((), (), containers, skipped)
     if not documents:
         found = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5)) or "no readable files at all"
         looked_for = f"--glob {' --glob '.join(globs)}" if globs else "the usual text suffixes"
         raise DataError(f"--source {source}: no text files; looked for {looked_for}, found {found}. Name them with --glob")
-    documents.sort(key=lambda document: (_hash(f"order {seed}", document.name), document.name))
+    documents.sort(key=lambda document: (_hash(f"order {seed}", os.fsencode(document.name)), document.name))
     kept_back = _held_out(documents, held_out)
     train = tuple(document for document in documents if document.name not in kept_back)
     if not train:
         raise DataError(f"all {len(documents)} documents are held out, none is left to train on: lower --held-out or add documents")
-    return Corpus(train, tuple(document for document in documents if document.name in kept_back), skipped)
+    return Corpus(train, tuple(document for document in documents if document.name in kept_back), containers, skipped)
 
 
 def find_stdlib(*, globs: Sequence[str] = (), seed: int = 0) -> Corpus:
     """The running interpreter's standard library, read in place, with STDLIB_HELD_OUT kept from training."""
     source = Path(sysconfig.get_path("stdlib"))
     return find_corpus(source, globs=globs or ("**/*.py",), held_out=STDLIB_HELD_OUT, seed=seed, skip_folders=STDLIB_SKIPPED)
-
-
-def read_texts(documents: Sequence[Document], skipped: Skipped) -> Iterator[tuple[Document, str | None]]:
-    """Every document with its text, or with None (and a note in `skipped`) where it cannot be one."""
-    for document in documents:
-        text = None
-        try:
-            text = document.path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError:
-            skipped.not_utf8.append(document.name)
-        except OSError:
-            skipped.unreadable.append(document.name)
-        if text is not None and not text.strip():
-            skipped.empty.append(document.name)
-            text = None
-        yield document, text
 
 
 def _walk(source: Path, skip_folders: frozenset[str], skipped: Skipped) -> Iterator[Document]:
@@ -145,7 +163,7 @@ def _walk(source: Path, skip_folders: frozenset[str], skipped: Skipped) -> Itera
         try:
             status = os.stat(path)
         except OSError:
-            skipped.unreadable.append(name_of(path))
+            skipped.add("unreadable", name_of(path))
             return None
         identity = (status.st_dev, status.st_ino)
         if identity in seen:
@@ -154,7 +172,7 @@ def _walk(source: Path, skip_folders: frozenset[str], skipped: Skipped) -> Itera
         return status
 
     def refused(error: OSError) -> None:
-        skipped.unreadable.append(name_of(error.filename))
+        skipped.add("unreadable", name_of(error.filename))
 
     first_visit(str(source))
     for folder, folders, files in os.walk(source, followlinks=True, onerror=refused):
@@ -164,7 +182,7 @@ def _walk(source: Path, skip_folders: frozenset[str], skipped: Skipped) -> Itera
             path = os.path.join(folder, name)
             status = None if name.startswith(".") else first_visit(path)
             if status is not None and stat.S_ISREG(status.st_mode):
-                yield Document(name_of(path), Path(path))
+                yield Document(name_of(path), Path(path), status.st_size, status.st_mtime_ns)
 
 
 def _held_out(documents: Sequence[Document], held_out: float | frozenset[str]) -> frozenset[str]:
@@ -173,9 +191,8 @@ def _held_out(documents: Sequence[Document], held_out: float | frozenset[str]) -
         if not chosen:
             raise DataError(f"none of the held-out files is among the documents: let --glob match {_some(sorted(held_out))}")
         return chosen
-    if not 0 < held_out < 1:
-        raise DataError(f"--held-out {held_out} is not a share between 0 and 1")
-    places = {document.name: _hash("held-out", document.name) / 2**64 for document in documents}
+    check_share(held_out)
+    places = {document.name: place_of(os.fsencode(document.name)) for document in documents}
     chosen = frozenset(name for name, place in places.items() if place < held_out)
     if not chosen:
         enough = math.ceil(min(places.values()) * 1000 + 1) / 1000
@@ -184,14 +201,25 @@ def _held_out(documents: Sequence[Document], held_out: float | frozenset[str]) -
     return chosen
 
 
-def _hash(purpose: str, name: str) -> int:
-    digest = hashlib.blake2b(os.fsencode(name), digest_size=8, key=hashlib.blake2b(purpose.encode()).digest())
+def check_share(held_out: float) -> None:
+    """DataError where it is no share of documents to keep from training."""
+    if not 0 < held_out < 1:
+        raise DataError(f"--held-out {held_out} is not a share between 0 and 1")
+
+
+def place_of(content: bytes) -> float:
+    """A number in [0, 1) that a document's name or text decides; those below --held-out are held out."""
+    return _hash("held-out", content) / 2**64
+
+
+def _hash(purpose: str, content: bytes) -> int:
+    digest = hashlib.blake2b(content, digest_size=8, key=hashlib.blake2b(purpose.encode()).digest())
     return int.from_bytes(digest.digest(), "big")
 
 
 def _name_filter(globs: Sequence[str]) -> Callable[[str], bool]:
     if not globs:
-        return lambda name: os.path.splitext(name)[1].lower() in TEXT_SUFFIXES
+        return lambda name: os.path.splitext(name)[1].lower() in TEXT_SUFFIXES or name.lower().endswith(CONTAINERS)
     patterns = [re.compile(_regex(glob)) for glob in globs]
     return lambda name: any(pattern.fullmatch(name) for pattern in patterns)
 
@@ -202,6 +230,7 @@ def _regex(glob: str) -> str:
     return "".join(signs.get(part, re.escape(part)) for part in re.split(r"(\*\*/|\*\*|\*|\?)", glob))
 
 
-def _some(names: Sequence[str], limit: int = 3) -> str:
+def _some(names: Sequence[str], number: int | None = None, limit: int = 3) -> str:
+    """The first few of `number` names."""
     shown = ", ".join(name.encode("utf-8", "replace").decode() for name in names[:limit])
-    return shown + (", ..." if len(names) > limit else "")
+    return shown + (", ..." if (number or len(names)) > limit else "")

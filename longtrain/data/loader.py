@@ -10,30 +10,30 @@ import numpy as np
 import torch
 
 from longtrain.batch import IGNORE, PADDING, Batch
-from longtrain.data.order import Order
-from longtrain.data.packed import PackedRow, PackedSplit
+from longtrain.data.mixture import Split
+from longtrain.data.packed import PackedRow
 from longtrain.errors import DataError
 
 
 class Loader:
     """Training batches of one data-parallel rank.
 
-    Step s uses the sequences at positions s * batch_size ... (s + 1) * batch_size - 1 of `Order`; micro batch m of rank d holds
-    rows (m * dp + d) * micro_batch_size + b of them. So the union over the ranks does not depend on dp, and nothing but the step
-    number is needed to resume. ValueError where batch_size is no multiple of dp * micro_batch_size, DataError where a step would
-    show a sequence twice for want of others.
+    Step s uses the sequences at positions s * batch_size ... (s + 1) * batch_size - 1 of the split's order; micro batch m of rank d
+    holds rows (m * dp + d) * micro_batch_size + b of them. So the union over the ranks does not depend on dp, and nothing but the
+    step number is needed to resume. ValueError where batch_size is no multiple of dp * micro_batch_size, DataError where a step
+    would show a sequence twice for want of others.
     """
 
-    def __init__(self, split: PackedSplit, *, seed: int, batch_size: int, micro_batch_size: int, dp: int, dp_rank: int) -> None:
+    def __init__(self, split: Split, *, seed: int, batch_size: int, micro_batch_size: int, dp: int, dp_rank: int) -> None:
         if batch_size % (micro_batch_size * dp) or not 0 <= dp_rank < dp:
             raise ValueError(f"batch_size {batch_size} over dp {dp} (rank {dp_rank}) x micro_batch_size {micro_batch_size}")
-        if batch_size > len(split):
+        if batch_size > split.largest_batch:
             raise DataError(
                 f"training.batch_size: {batch_size} are wanted in a step, but {split.folder} holds {len(split)} training sequences "
-                f"of {split.sequence_length} tokens: set it to {len(split)} or less, or prepare more text"
+                f"of {split.sequence_length} tokens: set it to {split.largest_batch} or less, or prepare more text"
             )
         self.accumulation = batch_size // (micro_batch_size * dp)
-        self.order = Order(len(split), seed)
+        self.order = split.order(seed, batch_size)
         self._split = split
         self._batch_size = batch_size
         self._rows = [
@@ -68,8 +68,8 @@ class Loader:
         return [_batch([self._split.sequence(self.order(first + row)) for row in rows]) for rows in self._rows]
 
 
-def held_out(split: PackedSplit, count: int, *, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:
-    """Evaluation batches of one data-parallel rank: `count` sequences spread evenly over the split.
+def held_out(split: Split, count: int, *, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:
+    """Evaluation batches of one data-parallel rank: `count` sequences spread evenly over the split, or by weight over a mixture.
 
     Rows go to the ranks as in `Loader`; every rank gets the same number of batches of micro_batch_size rows, filled up with rows
     of padding (tokens and positions 0, labels IGNORE, segment ids PADDING, boundaries (0,)). DataError where the split has fewer.
@@ -80,10 +80,11 @@ def held_out(split: PackedSplit, count: int, *, micro_batch_size: int, dp: int, 
             f"{split.sequence_length} tokens: set it to {len(split)} or less, or prepare the data with more held-out text"
         )
     padding = _padding(split.sequence_length)
+    chosen = split.spread(count)
     batches = []
     for first in range(dp_rank * micro_batch_size, dp_rank * micro_batch_size + count, dp * micro_batch_size):
         rows = range(first, first + micro_batch_size)
-        batches.append(_batch([split.sequence(row * len(split) // count) if row < count else padding for row in rows]))
+        batches.append(_batch([split.sequence(chosen[row]) if row < count else padding for row in rows]))
     return batches
 
 

@@ -17,6 +17,7 @@ FORMAT = "longtrain-tokens"
 VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+TOKENIZER_JSON = "tokenizer.json"
 SPLITS = ("train", "heldout")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -27,13 +28,18 @@ class _Strict(BaseModel):
 
 
 class TokenizerEntry(_Strict):
-    """The tokenizer file that wrote the shards."""
+    """The tokenizer file that wrote the shards, and the ids it put around every document; bos None: nothing in front."""
 
-    file: Literal["tokenizer.model"] = "tokenizer.model"
+    file: Literal["tokenizer.model", "tokenizer.json"] = "tokenizer.model"
     sha256: Sha256
     vocab_size: int = Field(gt=0)
-    bos: int = Field(ge=0)
+    bos: int | None = Field(ge=0)
     eos: int = Field(ge=0)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256: equal for tokenizers that turn a document into the same ids."""
+        return hashlib.sha256(f"{self.sha256} {self.bos} {self.eos}".encode()).hexdigest()
 
 
 class Shard(_Strict):
@@ -54,7 +60,7 @@ class Shard(_Strict):
 
 
 class Statistics(_Strict):
-    """Document lengths in tokens, BOS and EOS included, and what became of the files that are not documents."""
+    """Document lengths in tokens, BOS and EOS included, and how many files and records did not become documents, by reason."""
 
     documents: dict[str, int]
     tokens: dict[str, int]

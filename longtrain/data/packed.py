@@ -1,12 +1,17 @@
 """Packed sequences of exactly T tokens, read from memory-mapped shards.
 
 A split is one stream of documents. Sequence i holds its tokens [i * T, (i + 1) * T); a document cut by a border goes on in the
-next sequence as a new segment with positions from 0. The tail below T is dropped.
+next sequence as a new segment with positions from 0. The tail below T is dropped. What becomes of documents longer than T:
+
+- keep: nothing special.
+- split: their pieces of T tokens are sequences of their own and come first; what is left of them is packed with the short ones.
+- drop: they are left out.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from longtrain.batch import IGNORE
-from longtrain.data.manifest import Manifest, Shard, check_tokenizer, read_manifest
+from longtrain.data.context import context_share, context_warning
+from longtrain.data.manifest import Manifest, Shard, TokenizerEntry, check_tokenizer, read_manifest
+from longtrain.data.order import Order
 from longtrain.errors import DataError
 from longtrain.files import sha256_of
+from longtrain.recipe.schema import LongDocuments
 
 
 class PackedRow(NamedTuple):
@@ -29,6 +37,55 @@ class PackedRow(NamedTuple):
     boundaries: tuple[int, ...]
 
 
+class _Spans(NamedTuple):
+    """What a split is packed from, in the order of packing: int64 [n] each, but goes_on bool.
+
+    starts: the first token on the disk; ends: tokens of all spans up to and with this one; goes_on: whether the next token on the
+    disk is of the same document.
+    """
+
+    starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+    goes_on: npt.NDArray[np.bool_]
+
+    @property
+    def tokens(self) -> int:
+        return int(self.ends[-1]) if self.ends.size else 0
+
+    def cut(self, start: int, length: int) -> tuple[npt.NDArray, npt.NDArray, npt.NDArray, npt.NDArray]:
+        """What fills `length` tokens of the packed stream from `start`: places in them, starts on the disk, lengths, goes_on."""
+        first = int(np.searchsorted(self.ends, start, side="right"))
+        last = int(np.searchsorted(self.ends, start + length, side="left")) + 1
+        ends = self.ends[first:last]
+        begin = np.concatenate(([self.ends[first - 1] if first else 0], ends[:-1]))
+        inside, stops = np.maximum(begin, start), np.minimum(ends, start + length)
+        goes_on = self.goes_on[first:last] | (stops < ends)
+        return inside - start, self.starts[first:last] + inside - begin, stops - inside, goes_on
+
+
+def _spans(document_ends: npt.NDArray[np.int64], T: int, long_documents: LongDocuments) -> _Spans:
+    starts = np.concatenate(([0], document_ends[:-1]))
+    lengths = document_ends - starts
+    goes_on = np.zeros(starts.size, dtype=np.bool_)
+    long = lengths > T
+    if long_documents is LongDocuments.KEEP or not long.any():
+        return _Spans(starts, document_ends, goes_on)
+    if long_documents is LongDocuments.DROP:
+        starts, lengths, goes_on = starts[~long], lengths[~long], goes_on[~long]
+        return _Spans(starts, np.cumsum(lengths), goes_on)
+    pieces = np.where(long, lengths // T, 0)
+    number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    whole = np.repeat(starts, pieces) + T * number
+    rest = np.where(long, lengths % T, lengths)
+    left = rest > 0
+    starts = np.concatenate((whole, (starts + T * pieces)[left]))
+    lengths = np.concatenate((np.full(whole.size, T), rest[left]))
+    # a piece is followed by its document unless the piece ends with it
+    ends = np.repeat(document_ends, pieces)
+    goes_on = np.concatenate((whole + T < ends, np.zeros(int(left.sum()), dtype=np.bool_)))
+    return _Spans(starts, np.cumsum(lengths), goes_on)
+
+
 class PackedSplit:
     """The sequences of one split ("train" or "heldout") of a prepared data folder.
 
@@ -36,10 +93,17 @@ class PackedSplit:
     every token. DataError names the file that is missing, damaged or foreign, or says how short the split is.
     """
 
-    def __init__(self, folder: str | Path, split: str, sequence_length: int) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        sequence_length: int,
+        long_documents: LongDocuments = LongDocuments.KEEP,
+    ) -> None:
         self.folder = Path(folder)
         self.split = split
         self.sequence_length = sequence_length
+        self.long_documents = long_documents
         self.manifest: Manifest = read_manifest(self.folder)
         check_tokenizer(self.folder, self.manifest)
         if split not in self.manifest.splits:
@@ -47,32 +111,63 @@ class PackedSplit:
         self._shards: list[Shard] = self.manifest.splits[split]
         self._maps = [self._open(shard) for shard in self._shards]
         self._shard_ends = np.cumsum([shard.tokens for shard in self._shards])
-        starts = self._shard_ends - [shard.tokens for shard in self._shards]
+        origins = self._shard_ends - [shard.tokens for shard in self._shards]
         self._document_ends = np.concatenate(
-            [self._read_index(shard) + start for shard, start in zip(self._shards, starts, strict=True)]
+            [self._read_index(shard) + origin for shard, origin in zip(self._shards, origins, strict=True)]
         )
+        self._spans = _spans(self._document_ends, sequence_length, long_documents)
         # T tokens are enough, not T + 1: the last token of a split ends a document, so it has no label to look up.
-        self._length = self.tokens // sequence_length
+        self._length = self._spans.tokens // sequence_length
         if not self._length:
+            dropped = f" after data.long_documents {long_documents}" if long_documents is not LongDocuments.KEEP else ""
             raise DataError(
-                f"{self.folder}: the split {split!r} has {self.tokens} tokens, fewer than one sequence of {sequence_length}: "
+                f"{self.folder}: the split {split!r} has {self._spans.tokens} tokens{dropped}, fewer than one sequence of "
+                f"{sequence_length}: "
                 + ("set evaluation.every to null, prepare with a larger --held-out, or " if split != "train" else "")
                 + "lower training.sequence_length or prepare more text"
             )
 
     @property
     def tokens(self) -> int:
-        """Tokens of the split, the dropped tail included."""
+        """Tokens on the disk, the dropped tail and dropped documents included."""
         return int(self._shard_ends[-1])
 
     @property
+    def bytes(self) -> int:
+        """Bytes of the tokens on the disk."""
+        return self.tokens * self.manifest.token_dtype.itemsize
+
+    @property
     def documents(self) -> int:
-        """Documents of the split."""
+        """Documents on the disk."""
         return self._document_ends.size
+
+    @property
+    def tokenizer(self) -> TokenizerEntry:
+        """The tokenizer that wrote the tokens."""
+        return self.manifest.tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for splits that give the same sequences of any one length, wherever they lie."""
+        return fingerprint(self.manifest, self.split, self.long_documents)
+
+    @property
+    def largest_batch(self) -> int:
+        """Sequences that one step can show without showing one of them twice."""
+        return self._length
 
     def __len__(self) -> int:
         """Number of whole sequences."""
         return self._length
+
+    def order(self, seed: int, batch_size: int) -> Callable[[int], int]:
+        """Position in the infinite order of training -> index of a sequence; the order here does not depend on batch_size."""
+        return Order(self._length, seed)
+
+    def spread(self, count: int) -> list[int]:
+        """`count` <= len indices, evenly over the split."""
+        return [row * self._length // count for row in range(count)]
 
     def sequence(self, index: int) -> PackedRow:
         """Sequence `index` in [0, len): its rows of a Batch. A label is the next token of the same document, IGNORE at its end.
@@ -82,29 +177,36 @@ class PackedSplit:
         if not 0 <= index < self._length:
             raise IndexError(f"sequence {index} of {self._length}")
         T = self.sequence_length
-        start, stop = index * T, (index + 1) * T
-        first = int(np.searchsorted(self._document_ends, start, side="right"))
-        last = int(np.searchsorted(self._document_ends, stop, side="left"))
-        cuts = self._document_ends[first:last] - start
-        goes_on = self._document_ends[last] > stop
-        stream = self._read(start, stop + int(goes_on))
-        if (largest := int(stream.max())) >= self.manifest.tokenizer.vocab_size:
+        places, starts, lengths, goes_on = self._spans.cut(index * T, T)
+        tokens, labels = np.empty(T, dtype=np.int64), np.full(T, IGNORE, dtype=np.int64)
+        stops = starts + lengths
+        breaks = np.flatnonzero(starts[1:] != stops[:-1]) + 1
+        for first, last in zip([0, *breaks], [*breaks - 1, lengths.size - 1], strict=True):
+            # one token more where the document goes on: it is the last label
+            run = self._read(int(starts[first]), int(stops[last]) + int(goes_on[last]))
+            place, end = int(places[first]), int(places[last] + lengths[last])
+            tokens[place:end] = run[: end - place]
+            labels[place : place + run.size - 1] = run[1:]
+        labels[(places + lengths - 1)[~goes_on]] = IGNORE
+        self._check(index, max(tokens.max(), labels.max()))
+        positions = np.arange(T, dtype=np.int64) - np.repeat(places, lengths)
+        segment_ids = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
+        return PackedRow(tokens, labels, positions, segment_ids, (*places.tolist(), T))
+
+    def _check(self, index: int, largest: int) -> None:
+        if largest >= self.manifest.tokenizer.vocab_size:
             raise DataError(
                 f"{self.folder}: sequence {index} of {self.split!r} holds token {largest}, outside the vocabulary of "
                 f"{self.manifest.tokenizer.vocab_size}: a shard is foreign or damaged; copy or prepare the data again"
             )
-        labels = np.full(T, IGNORE, dtype=np.int64)
-        labels[: stream.size - 1] = stream[1:]
-        labels[cuts - 1] = IGNORE
-        starts = np.concatenate(([0], cuts))
-        lengths = np.diff(starts, append=T)
-        positions = np.arange(T, dtype=np.int64) - np.repeat(starts, lengths)
-        segment_ids = np.repeat(np.arange(lengths.size, dtype=np.int32), lengths)
-        return PackedRow(stream[:T], labels, positions, segment_ids, (*starts.tolist(), T))
 
     def context_share(self, sequence_length: int | None = None) -> float:
         """`context_share` of this split, at its own sequence length unless another is given."""
-        return context_share(self._document_ends, sequence_length or self.sequence_length)
+        return context_share(self._spans.ends, sequence_length or self.sequence_length)
+
+    def warning(self) -> str | None:
+        """What to tell the user where most tokens see little real context, else None."""
+        return context_warning(self.context_share(), self.sequence_length)
 
     def verify(self) -> None:
         """Read everything. DataError where a file is not, byte for byte, what was written, or an id is outside the vocabulary."""
@@ -143,27 +245,12 @@ class PackedSplit:
         return np.concatenate(parts, dtype=np.int64)
 
 
-def context_share(document_ends: npt.NDArray[np.int64], sequence_length: int) -> float:
-    """Share of the packed tokens that see more than T / 4 earlier ones: their position in sequence and document exceeds T / 4.
-
-    document_ends: int64, increasing, the last is the number of tokens. 0 where not one sequence is full.
-    """
-    stop = int(document_ends[-1]) // sequence_length * sequence_length
-    if not stop:
-        return 0.0
-    cuts = np.union1d(document_ends[document_ends < stop], np.arange(0, stop + 1, sequence_length))
-    beyond = np.diff(cuts) - (sequence_length // 4 + 1)
-    return float(np.maximum(beyond, 0).sum() / stop)
-
-
-def context_warning(share: float, sequence_length: int) -> str | None:
-    """What to tell the user where most tokens see less than T / 4 of real context, else None."""
-    if share > 0.5:
-        return None
-    return (
-        f"only {share:.0%} of the tokens see more than {sequence_length // 4} tokens of their own document at sequence length "
-        f"{sequence_length}: most of the attention is cut at document borders; use longer documents or shorter sequences"
-    )
+def fingerprint(manifest: Manifest, split: str, long_documents: LongDocuments) -> str:
+    """What decides the sequences of a split, and with it the order of training: SHA-256."""
+    tokens = manifest.fingerprint(split)
+    if long_documents is LongDocuments.KEEP:
+        return tokens
+    return hashlib.sha256(f"{tokens} long_documents {long_documents}".encode()).hexdigest()
 
 
 def _check_size(path: Path, size: int) -> None:

@@ -1,35 +1,41 @@
-"""A folder of text, or Python's standard library, to token shards: the command behind scripts/prepare_data.py."""
+"""Text to token shards: the work behind scripts/prepare_data.py."""
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
-import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import rich.progress
-import typer
 from rich.console import Console
 
-from longtrain.data.corpus import Corpus, Document, Skipped, find_corpus, find_stdlib, read_texts
+from longtrain.data.corpus import Skipped
+from longtrain.data.encode import PieceEncoder, Work, encode_all, is_held_out, usable_cores
+from longtrain.data.json_tokenizer import find_tokenizer
 from longtrain.data.manifest import SPLITS, TOKENIZER, Manifest, Statistics, TokenizerEntry, token_dtype_name
-from longtrain.data.packed import context_share, context_warning
-from longtrain.data.shards import SplitWriter, check_target, whole_folder, write_manifest
-from longtrain.data.tokenizer import Tokenizer, sample_pieces, train_tokenizer
-from longtrain.errors import DataError, LongtrainError
+from longtrain.data.prepared import Prepared
+from longtrain.data.progress import Progress
+from longtrain.data.records import Step
+from longtrain.data.shards import SplitWriter, write_manifest
+from longtrain.data.sources import STDLIB, Found, Source, find_sources
+from longtrain.data.tokenizer import Encoder, Tokenizer, entry_of, sample_pieces, train_tokenizer
+from longtrain.data.workspace import JOURNAL, Journal, check_target, work_folder
+from longtrain.errors import DataError
 from longtrain.files import write_durably
 
-STDLIB = "stdlib"
 STDLIB_VOCAB = 4096
-FOLDER_VOCAB = 32000
+VOCAB = 32000
 SHARD_TOKENS = 1 << 28
-HELD_OUT = 0.02
+MAX_BAD = 0.001
+TEXT_FIELD = "text"
 
 SAMPLE_CHARACTERS = 16_000_000
 """What the tokenizer is trained on at most: 2 s on two cores for a vocabulary of 4096, and more text hardly changes the pieces."""
@@ -37,159 +43,237 @@ SAMPLE_CHARACTERS = 16_000_000
 SAMPLE_PER_DOCUMENT = 100_000
 """So that one huge file does not become the whole sample, unless there are few files."""
 
-GROUP_CHARACTERS = 1 << 22
-"""Text encoded in one call, to use all cores."""
+JOURNAL_SECONDS = 5.0
+"""Work that a kill loses, about."""
 
-LOG_SECONDS = 10
+EARLY_RECORDS = 10_000
+"""Records after which too many malformed ones end the work at once."""
 
-REPORTED_LENGTHS = (1024, 8192, 32768)
-
-T = TypeVar("T")
+SMALL = 8 << 20
+"""Bytes of text that one process tokenizes before several have started."""
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """What a preparation wrote. lengths: per split int64 [documents], tokens of every document in the order of the stream."""
+class Options:
+    """How sources become shards. Everything but `workers` and `max_bad` decides the bytes that are written.
 
-    out: Path
-    manifest: Manifest
-    lengths: dict[str, npt.NDArray[np.int64]]
-    skipped: Skipped
+    globs: which files of folders. text_field: of a record. tokenizer, bos, eos: see `find_tokenizer`; without a tokenizer one of
+    `vocab_size` tokens is trained. held_out: share of documents kept from training. max_tokens: training tokens after which to
+    stop, about. max_bad: share of malformed records to pass over. workers: processes; None: as many as help.
+    """
 
-    def report(self, sequence_length: int | None = None) -> str:
-        """Lines for a person: sizes, document lengths, how much real context the tokens see, and the next command."""
-        statistics = self.manifest.statistics
-        vocab_size = self.manifest.tokenizer.vocab_size
-        lines = [f"prepared {self.out}: vocabulary {vocab_size}, {self.manifest.dtype}"]
-        for split, lengths in self.lengths.items():
-            spread = ", ".join(f"{name} {value:.0f}" for name, value in statistics.document_length[split].items())
-            lines.append(f"{split}: {lengths.size} documents, {lengths.sum()} tokens; tokens a document: {spread}")
-        if text := str(self.skipped):
-            lines.append(f"skipped: {text}")
-        for length in [sequence_length] if sequence_length else REPORTED_LENGTHS:
-            counts = ", ".join(f"{split} {int(lengths.sum()) // length}" for split, lengths in self.lengths.items())
-            share = context_share(np.cumsum(self.lengths["train"]), length)
-            lines.append(f"sequences of {length}: {counts}; {share:.1%} of the tokens see more than {length // 4} of context")
-            for split, documents in self.lengths.items():
-                if sequence_length and documents.sum() < length:
-                    knob = "--held-out" if split != "train" else "--sequence-length or the text"
-                    lines.append(f"warning: {split} has not one sequence of {length}: change {knob}")
-            if sequence_length and (warning := context_warning(share, length)):
-                lines.append(f"warning: {warning}")
-        lines.append(f"next: a recipe with data.path {self.out} and model.vocab_size {vocab_size}, then")
-        lines.append("  torchrun --nproc-per-node 1 scripts/train.py --recipe RECIPE")
-        return "\n".join(lines)
+    globs: Sequence[str] = ()
+    text_field: str = TEXT_FIELD
+    tokenizer: str | Path | None = None
+    bos: str | None = None
+    eos: str | None = None
+    vocab_size: int | None = None
+    held_out: float | None = None
+    seed: int = 0
+    shard_tokens: int = SHARD_TOKENS
+    max_tokens: int | None = None
+    max_bad: float = MAX_BAD
+    workers: int | None = None
+
+    def check(self) -> None:
+        """DataError for what cannot hold together."""
+        if self.tokenizer is not None and self.vocab_size is not None:
+            raise DataError("--tokenizer and --vocab-size exclude each other: a given tokenizer has its vocabulary")
+        if self.tokenizer is None and (self.bos is not None or self.eos is not None):
+            raise DataError("--bos and --eos go with --tokenizer: a tokenizer that is trained here has its own")
+        if not -(2**63) <= self.seed < 2**63:
+            raise DataError(f"--seed {self.seed} does not fit 64 bits")
+        if not 0 <= self.max_bad <= 1:
+            raise DataError(f"--max-bad {self.max_bad} is not a share between 0 and 1")
 
 
 def prepare(
-    source: str,
-    out: Path,
-    *,
-    globs: Sequence[str] = (),
-    tokenizer: Path | None = None,
-    vocab_size: int | None = None,
-    held_out: float | None = None,
-    seed: int = 0,
-    shard_tokens: int = SHARD_TOKENS,
-    overwrite: bool = False,
-    console: Console | None = None,
+    source: str | Sequence[str], out: Path, *, overwrite: bool = False, console: Console | None = None, **options: Any
 ) -> Prepared:
-    """Tokenize `source` (a folder, or "stdlib") into the folder `out`, which appears whole or not at all.
+    """Tokenize sources (see `find_sources`) into the folder `out`, which appears whole or not at all.
 
-    Documents are BOS + tokens + EOS. The tokenizer is the given .model file, or is trained on the training documents. The same
-    arguments give the same bytes. DataError for every reason not to: see `find_corpus`, `check_target`, `train_tokenizer`.
+    options: fields of `Options`. Documents are BOS + tokens + EOS. The same arguments give the same bytes, for any number of
+    workers and after a kill too: the same call goes on from .NAME.partial beside `out`. DataError for every reason not to.
     """
-    console = console or Console(stderr=True, quiet=True)
-    if tokenizer is not None and vocab_size is not None:
-        raise DataError("--tokenizer and --vocab-size exclude each other: a given tokenizer has its vocabulary")
-    if not -(2**63) <= seed < 2**63:
-        raise DataError(f"--seed {seed} does not fit 64 bits")
+    wanted = [source] if isinstance(source, str) else list(source)
+    chosen = Options(**options)
+    chosen.check()
     try:
         check_target(out, overwrite)
-        existing = Tokenizer.load(tokenizer) if tokenizer is not None else None
-        corpus = _find(source, out, globs, held_out, seed)
-        with whole_folder(out, overwrite) as folder:
-            default = STDLIB_VOCAB if source == STDLIB else FOLDER_VOCAB
-            made = existing or _train(corpus, vocab_size or default, console)
-            write_durably(folder / TOKENIZER, made.model)
-            writers = _write_splits(folder, corpus, made, shard_tokens, console)
-            entry = TokenizerEntry(sha256=made.sha256, vocab_size=made.vocab_size, bos=made.bos, eos=made.eos)
-            manifest = make_manifest(writers, entry, corpus.skipped, seed)
-            write_manifest(folder, manifest)
+        given = None if chosen.tokenizer is None else find_tokenizer(str(chosen.tokenizer), chosen.bos, chosen.eos)
+        found = find_sources(wanted, globs=chosen.globs, held_out=chosen.held_out, seed=chosen.seed, out=out)
+        if given is None and chosen.vocab_size is None:
+            chosen = replace(chosen, vocab_size=STDLIB_VOCAB if wanted == [STDLIB] else VOCAB)
+        with work_folder(out, _plan(chosen, found, given), overwrite) as folder:
+            prepared = _Preparation(folder, chosen, found, console or Console(stderr=True, quiet=True)).run(given)
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror}; nothing was written to {out}") from None
-    lengths = {split: np.asarray(writer.lengths, dtype=np.int64) for split, writer in writers.items()}
-    return Prepared(out, manifest, lengths, corpus.skipped)
+    return replace(prepared, out=out)
 
 
-def _find(source: str, out: Path, globs: Sequence[str], held_out: float | None, seed: int) -> Corpus:
-    if source == STDLIB:
-        if held_out is not None:
-            raise DataError("--held-out: the standard library has a fixed list of held-out files; leave the option out")
-        return find_stdlib(globs=globs, seed=seed)
-    folder = Path(source)
-    if folder.resolve().is_relative_to(out.resolve()):
-        raise DataError(f"--out {out}: contains --source {source}; choose a folder outside the text")
-    return find_corpus(folder, globs=globs, held_out=HELD_OUT if held_out is None else held_out, seed=seed)
+def _plan(options: Options, found: Found, tokenizer: Encoder | None) -> dict[str, Any]:
+    """All that decides the bytes, in the words of the command line."""
+    identity = json.dumps([source.identity() for source in found.sources])
+    return {
+        "--source (or the files there)": hashlib.sha256(identity.encode()).hexdigest(),
+        "--text-field": options.text_field,
+        "--tokenizer": None if tokenizer is None else entry_of(tokenizer).model_dump(),
+        "--vocab-size": options.vocab_size,
+        "--held-out": found.held_out,
+        "--seed": options.seed,
+        "--shard-tokens": options.shard_tokens,
+        "--max-tokens": options.max_tokens,
+    }
 
 
-def _train(corpus: Corpus, vocab_size: int, console: Console) -> Tokenizer:
-    console.print(f"training a tokenizer of {vocab_size} tokens")
-    skipped = Skipped()
-    sentences = list(_sample(corpus.train, skipped))
-    if not sentences:
-        raise _nothing_left("train", skipped)
-    return Tokenizer(train_tokenizer(sentences, vocab_size))
+class _Preparation:
+    """One preparation in its work folder."""
 
+    def __init__(self, folder: Path, options: Options, found: Found, console: Console) -> None:
+        self._folder = folder
+        self._options = options
+        self._found = found
+        self._console = console
+        self._journal = Journal.load(folder) or Journal(skipped=found.skipped)
+        self._resumed = bool(self._journal.written)
 
-def _sample(documents: Sequence[Document], skipped: Skipped) -> Iterator[str]:
-    """Training sentences from the shuffled documents, evenly spread over each, up to SAMPLE_CHARACTERS in all."""
-    per_document = max(SAMPLE_CHARACTERS // len(documents), SAMPLE_PER_DOCUMENT)
-    left = SAMPLE_CHARACTERS
-    for _, text in read_texts(documents, skipped):
-        if text is None:
-            continue
-        every = math.ceil(len(text) / per_document)
-        for sentence in itertools.islice(sample_pieces(text), 0, None, every):
-            yield sentence
-            left -= len(sentence)
-        if left <= 0:
+    def run(self, given: Encoder | None) -> Prepared:
+        """given: the tokenizer, None to train one."""
+        tokenizer = given or self._trained()
+        if not self._resumed:
+            write_durably(self._folder / tokenizer.file, tokenizer.model)
+        with ExitStack() as stack:
+            writers = {split: stack.enter_context(self._writer(split, tokenizer)) for split in SPLITS}
+            self._write(tokenizer, writers)
+        skipped = self._journal.skipped
+        manifest = make_manifest(writers, entry_of(tokenizer), skipped, self._options.seed)
+        write_manifest(self._folder, manifest)
+        return Prepared(self._folder, manifest, {split: writer.lengths for split, writer in writers.items()}, skipped)
+
+    def _trained(self) -> Tokenizer:
+        if self._resumed:
+            return Tokenizer.load(self._folder / TOKENIZER)
+        assert self._options.vocab_size is not None
+        self._say(f"training a tokenizer of {self._options.vocab_size} tokens")
+        skipped = Skipped()
+        sentences = list(sample(self._found, self._options.text_field, skipped))
+        if not sentences:
+            records = sum(skipped.number.values())
+            bad = skipped.number["malformed"]
+            raise _malformed(skipped, records, "read", self._options.max_bad) if bad else _nothing_usable("train", skipped)
+        return Tokenizer(train_tokenizer(sentences, self._options.vocab_size))
+
+    def _writer(self, split: str, tokenizer: Encoder) -> SplitWriter:
+        dtype = np.dtype(token_dtype_name(tokenizer.vocab_size)).newbyteorder("<")
+        return SplitWriter(self._folder, split, dtype, self._options.shard_tokens, self._journal.written.get(split))
+
+    def _write(self, tokenizer: Encoder, writers: dict[str, SplitWriter]) -> None:
+        """Tokenizes what is not done yet."""
+        encoder = PieceEncoder(tokenizer, self._options.text_field, self._found.held_out)
+        sizes = [source.size for source in self._found.sources]
+        total = None if None in sizes else sum(size or 0 for size in sizes)
+        workers = self._options.workers or (1 if total is not None and total <= SMALL else usable_cores())
+        before = sum(writer.tokens for writer in writers.values())
+        if self._resumed:
+            self._say(f"going on after {before:,} tokens of an unfinished preparation")
+        saved = time.monotonic()
+        first = sum(size or 0 for size in sizes[: self._journal.source])
+        try:
+            with (
+                Progress(self._console, total, first) as progress,
+                closing(encode_all(self._steps(writers), encoder, workers)) as encoded,
+            ):
+                for work in encoded:
+                    self._take(work, writers)
+                    if time.monotonic() - saved > JOURNAL_SECONDS:
+                        self._save(writers)
+                        saved = time.monotonic()
+                    tokens = sum(writer.tokens for writer in writers.values())
+                    documents = sum(writer.documents for writer in writers.values())
+                    read = sum(size or 0 for size in sizes[: work.source]) + work.step.read
+                    progress.advance(read, documents, tokens, tokens - before)
+                    if self._journal.records >= EARLY_RECORDS:
+                        self._check_malformed("so far")
+                    if self._full(writers):
+                        break
+                self._check_malformed("in all")
+                self._check_splits(writers)
+        except DataError:
+            if (self._folder / JOURNAL).exists():
+                self._save(writers)
+            raise
+
+    def _steps(self, writers: dict[str, SplitWriter]) -> Iterator[tuple[int, Step]]:
+        """What is left to read."""
+        if self._full(writers):
             return
+        at, after = self._journal.source, self._journal.after
+        for number, source in enumerate(self._found.sources[at:], at):
+            yield from ((number, step) for step in source.steps(self._options.text_field, after if number == at else None))
+
+    def _full(self, writers: dict[str, SplitWriter]) -> bool:
+        return self._options.max_tokens is not None and writers["train"].tokens >= self._options.max_tokens
+
+    def _take(self, work: Work, writers: dict[str, SplitWriter]) -> None:
+        for split, documents in work.encoded.documents.items():
+            for document in documents:
+                writers[split].add(document)
+        skipped = self._journal.skipped
+        skipped.extend(work.encoded.skipped)
+        records = self._journal.records + work.encoded.records
+        self._journal = Journal(source=work.source, after=work.step.after, records=records, skipped=skipped)
+
+    def _save(self, writers: dict[str, SplitWriter]) -> None:
+        written = {split: writer.sync() for split, writer in writers.items()}
+        self._journal.model_copy(update={"written": written}).save(self._folder)
+
+    def _check_malformed(self, when: str) -> None:
+        if self._journal.skipped.number["malformed"] > self._options.max_bad * self._journal.records:
+            raise _malformed(self._journal.skipped, self._journal.records, when, self._options.max_bad)
+
+    def _check_splits(self, writers: dict[str, SplitWriter]) -> None:
+        skipped, share = self._journal.skipped, self._found.held_out
+        for split, writer in writers.items():
+            others = sum(other.documents for other in writers.values())
+            if not writer.documents and others and not any(skipped.number.values()):
+                enough = (
+                    f"--held-out {min(0.5, math.ceil(3000 / others) / 1000):g}" if split == "heldout" else "a smaller --held-out"
+                )
+                raise DataError(f"--held-out {share:g} leaves the split {split!r} empty, of {others} documents: use {enough}")
+            if not writer.documents:
+                raise _nothing_usable(split, skipped)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False)
 
 
-def _write_splits(
-    folder: Path, corpus: Corpus, tokenizer: Tokenizer, shard_tokens: int, console: Console
-) -> dict[str, SplitWriter]:
-    dtype = np.dtype(token_dtype_name(tokenizer.vocab_size)).newbyteorder("<")
-    writers = {}
-    for split, documents in zip(SPLITS, (corpus.train, corpus.heldout), strict=True):
-        read = _track(read_texts(documents, corpus.skipped), f"tokenizing {split}", len(documents), console)
-        with SplitWriter(folder, split, dtype, shard_tokens) as writer:
-            for group in _groups(text for _, text in read if text is not None):
-                for ids in tokenizer.encode_many(group):
-                    writer.add([tokenizer.bos, *ids, tokenizer.eos])
-        if not writer.shards:
-            raise _nothing_left(split, corpus.skipped)
-        writers[split] = writer
-    return writers
+def sample(found: Found, text_field: str, skipped: Skipped) -> Iterator[str]:
+    """Sentences to train a tokenizer on, up to SAMPLE_CHARACTERS in all: from the beginning of every source, whose text files are
+    shuffled, evenly spread over each document, and never from held-out ones."""
+    for source in found.sources:
+        left = SAMPLE_CHARACTERS // len(found.sources)
+        per_document = max(left // (source.documents or left), SAMPLE_PER_DOCUMENT)
+        for text in _training_texts(source, found.held_out, text_field, skipped):
+            for sentence in itertools.islice(sample_pieces(text), 0, None, math.ceil(len(text) / per_document)):
+                yield sentence
+                left -= len(sentence)
+            if left <= 0:
+                break
 
 
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
-        if size >= GROUP_CHARACTERS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+def _training_texts(source: Source, held_out: float, text_field: str, skipped: Skipped) -> Iterator[str]:
+    for step in source.steps(text_field):
+        for record in step.piece.records(text_field):
+            problem = record.problem or (None if record.text.strip() else "empty")
+            if problem is not None:
+                skipped.add(problem, record.name)
+            elif not is_held_out(record, held_out):
+                yield record.text
 
 
 def make_manifest(writers: dict[str, SplitWriter], tokenizer: TokenizerEntry, skipped: Skipped, seed: int) -> Manifest:
     """The manifest of the finished writers of both splits."""
-    lengths = {split: np.asarray(writer.lengths) for split, writer in writers.items()}
+    lengths = {split: writer.lengths for split, writer in writers.items()}
     return Manifest.model_validate(
         {
             "dtype": token_dtype_name(tokenizer.vocab_size),
@@ -212,62 +296,17 @@ def _spread(lengths: npt.NDArray[np.int64]) -> dict[str, float]:
     return dict(zip(names, values.tolist(), strict=True)) | {"mean": float(lengths.mean())}
 
 
-def _nothing_left(split: str, skipped: Skipped) -> DataError:
-    advice = "convert the files to UTF-8, or choose others with --glob"
-    return DataError(f"no file of the split {split!r} is usable text; skipped: {skipped}; {advice}")
+def _nothing_usable(split: str, skipped: Skipped) -> DataError:
+    what = f"skipped: {skipped}" if str(skipped) else "there was nothing to read"
+    advice = "convert the files to UTF-8, or choose others with --glob" if skipped.number["not_utf8"] else "name other text"
+    return DataError(f"nothing for the split {split!r} is usable text; {what}; {advice}")
 
 
-def _track(items: Iterable[T], label: str, total: int, console: Console) -> Iterator[T]:
-    """The items, with a bar on a terminal and a line now and then in a log."""
-    if console.is_terminal:
-        yield from rich.progress.track(items, description=label, total=total, console=console, transient=True)
-        return
-    last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        if done == total or time.monotonic() - last > LOG_SECONDS:
-            last = time.monotonic()
-            console.print(f"{label}: {done} of {total} documents", highlight=False)
-
-
-def command(
-    source: Annotated[str, typer.Option(help="Folder of text files, or 'stdlib': this Python's standard library.")],
-    out: Annotated[Path, typer.Option(help="Folder to create.")],
-    glob: Annotated[list[str] | None, typer.Option(help="Files to take, as '**/*.txt'; repeatable.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="An existing SentencePiece .model.")] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(help=f"Train a tokenizer of this size [default: {FOLDER_VOCAB}; stdlib {STDLIB_VOCAB}].")
-    ] = None,
-    held_out: Annotated[
-        float | None, typer.Option(help=f"Share of documents kept from training [default: {HELD_OUT}; stdlib: fixed files].")
-    ] = None,
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="Sequence length to report on.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the document order.")] = 0,
-    shard_tokens: Annotated[int, typer.Option(min=1, help="Tokens in one shard file, about.")] = SHARD_TOKENS,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace older prepared data in --out.")] = False,
-) -> None:
-    """Turn text files into token shards for training."""
-    prepared = prepare(
-        source,
-        out,
-        globs=glob or (),
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        held_out=held_out,
-        seed=seed,
-        shard_tokens=shard_tokens,
-        overwrite=overwrite,
-        console=Console(stderr=True, soft_wrap=True),
+def _malformed(skipped: Skipped, records: int, when: str, limit: float) -> DataError:
+    bad = skipped.number["malformed"]
+    shown = "".join(f"\n  {name}" for name in skipped.examples["malformed"])
+    enough = math.ceil(1000 * bad / records) / 10
+    advice = f"mend them, or pass over such records with --max-bad {enough:g}%" if bad < records else "there is no usable one"
+    return DataError(
+        f"{bad} of {records} records {when} are malformed, more than --max-bad {100 * limit:.3g}%; the first ones:{shown}\n{advice}"
     )
-    print(prepared.report(sequence_length))
-
-
-def main() -> None:
-    """The command with the process's arguments: exit 2 and one message on stderr where the input is refused."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    try:
-        app()
-    except LongtrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

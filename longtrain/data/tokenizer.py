@@ -1,4 +1,4 @@
-"""SentencePiece: a tokenizer that restores its input exactly, and its training."""
+"""What a tokenizer is to the rest, and SentencePiece: a tokenizer that restores its input exactly, and its training."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import sentencepiece
 
+from longtrain.data.manifest import TOKENIZER, TokenizerEntry
 from longtrain.errors import DataError
 
 SPACE = "▁"
@@ -25,11 +27,38 @@ SAMPLE_PIECE = 2000
 """Characters of one training sentence; SentencePiece skips sentences above its limit, set below to 4 bytes a character."""
 
 
+class Encoder(Protocol):
+    """Text to token ids and back. `model`: the bytes of its file, `file` in prepared data; bos None: none is put in front."""
+
+    file: ClassVar[str]
+    model: bytes
+    sha256: str
+    vocab_size: int
+
+    @property
+    def bos(self) -> int | None: ...
+    @property
+    def eos(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def encode_many(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def entry_of(tokenizer: Encoder) -> TokenizerEntry:
+    """What a manifest says of a tokenizer."""
+    return TokenizerEntry.model_validate(
+        {"file": tokenizer.file, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+        | {"bos": tokenizer.bos, "eos": tokenizer.eos}
+    )
+
+
 class Tokenizer:
     """A SentencePiece model.
 
     Models from `train_tokenizer` restore every text exactly: decode(encode(text)) == text. Models made elsewhere may normalise.
     """
+
+    file: ClassVar[str] = TOKENIZER
 
     def __init__(self, model: bytes, name: str = "tokenizer") -> None:
         """`model`: the content of a .model file; `name` stands in messages. DataError where it is not usable."""
@@ -50,6 +79,9 @@ class Tokenizer:
         # With a dummy prefix every part would gain a space, and without byte pieces there is nothing to write the sign with.
         self._escapes = not self._prefix and all(self._model.is_byte(index) for index in self._space_ids)
 
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[bytes]]:
+        return Tokenizer, (self.model,)
+
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """DataError where the file is missing or is no SentencePiece model with BOS and EOS."""
@@ -63,11 +95,11 @@ class Tokenizer:
         """Token ids of a text, without BOS and EOS."""
         return self.encode_many([text])[0]
 
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on all cores."""
+    def encode_many(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
+        """`encode` of every text, on so many threads; None: on all cores."""
         runs = [list(self._runs(text)) for text in texts]
         flat = [run for text in runs for run in text if run is not None]
-        encoded = iter(self._model.encode(flat, num_threads=os.cpu_count() or 1) if flat else [])
+        encoded = iter(self._model.encode(flat, num_threads=threads or os.cpu_count() or 1) if flat else [])
         return [[token for run in text for token in (self._space_ids if run is None else next(encoded))] for text in runs]
 
     def decode(self, ids: Sequence[int]) -> str:

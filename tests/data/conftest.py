@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from longtrain.data.corpus import Skipped
 from longtrain.data.manifest import TOKENIZER, TokenizerEntry, token_dtype_name
@@ -57,3 +58,21 @@ def text_folder(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(f"Line {line} of document {n}: the quick brown fox.\n" for line in range(1 + 3 * n)))
     return source
+
+
+@pytest.fixture(scope="session")
+def json_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json as GPT-2's, with <s>, </s> and <pad> as tokens 0, 1 and 2."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["the quick brown fox jumps over the lazy dog, line by line\n"] * 20, trainer)
+    path = tmp_path_factory.mktemp("json") / "tokenizer.json"
+    made.save(str(path))
+    return path

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from longtrain.data.corpus import STDLIB_HELD_OUT, Skipped, find_corpus, find_stdlib, read_texts
+from longtrain.data.corpus import STDLIB_HELD_OUT, Document, Skipped, find_corpus, find_stdlib
+from longtrain.data.records import TextFiles
 from longtrain.errors import DataError
 
 
@@ -58,7 +59,7 @@ def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
     corpus = find_corpus(source, held_out=frozenset({"a.txt"}))
     found = {document.name for document in corpus.train + corpus.heldout}
     assert found == {"a.txt", "sub/b.txt", "again/c.txt", "again/d.txt"}
-    assert sorted(corpus.skipped.unreadable) == ["gone.txt", "self"]
+    assert sorted(corpus.skipped.examples["unreadable"]) == ["gone.txt", "self"]
 
 
 def test_reading(tmp_path: Path) -> None:
@@ -68,13 +69,46 @@ def test_reading(tmp_path: Path) -> None:
     (source / "2.txt").write_text(" \n")
     corpus = find_corpus(source, held_out=0.5)
     (source / "3.txt").unlink()
-    skipped = Skipped()
-    texts = {document.name: text for document, text in read_texts(corpus.train + corpus.heldout, skipped)}
-    assert texts["0.txt"] is texts["2.txt"] is texts["3.txt"] is None
+    texts, skipped = read(corpus.train + corpus.heldout)
+    assert "0.txt" not in texts
     assert texts["1.txt"] == "with a mark"
     assert texts["4.txt"] == "text of 4.txt"
-    assert skipped.counts() == {"not_utf8": 1, "unreadable": 1, "empty": 1}
-    assert str(skipped) == "1 not UTF-8 (0.txt); 1 unreadable (3.txt); 1 empty (2.txt)"
+    assert skipped.counts() == {"not_utf8": 1, "unreadable": 1, "empty": 0, "malformed": 0}
+    assert str(skipped) == "1 not UTF-8 (0.txt); 1 unreadable (3.txt)"
+
+
+def test_of_what_is_skipped_the_first_few_are_shown() -> None:
+    skipped = Skipped()
+    for n in range(9):
+        skipped.add("empty", f"a{n}")
+    later = Skipped()
+    later.add("empty", "b")
+    skipped.extend(later)
+    later.add("malformed", "c")
+    assert skipped.counts()["empty"] == 10
+    assert str(skipped) == "10 empty (a0, a1, a2, ...)"
+
+
+def read(documents: tuple[Document, ...]) -> tuple[dict[str, str], Skipped]:
+    texts, skipped = {}, Skipped()
+    for record in TextFiles(documents, held_out=False).records("text"):
+        if record.problem is None:
+            texts[record.name] = record.text
+        else:
+            skipped.add(record.problem, record.name)
+    return texts, skipped
+
+
+def test_files_of_records_are_told_from_text(tmp_path: Path) -> None:
+    fill(tmp_path, "a.txt", "b.md", "c.jsonl", "sub/d.JSONL.gz", "e.parquet", "f.json.zst", "g.json")
+    with pytest.raises(DataError, match=r"2 text files .* and 4 files of records .*--glob '\*\*/\*\.jsonl'"):
+        find_corpus(tmp_path)
+    only = find_corpus(tmp_path, globs=["**/*.jsonl", "**/*.JSONL.gz"])
+    assert [container.name for container in only.containers] == ["c.jsonl", "sub/d.JSONL.gz"]
+    assert only.train == only.heldout == ()
+    both = find_corpus(tmp_path, globs=["**"], held_out=frozenset({"a.txt"}))
+    assert {document.name for document in both.train} == {"b.md", "g.json"}
+    assert len(both.containers) == 4
 
 
 def test_folders_without_text(tmp_path: Path) -> None:
@@ -110,8 +144,7 @@ def test_names_that_are_not_unicode(tmp_path: Path) -> None:
     fill(tmp_path, "a.txt", "b.txt")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).write_bytes(b"\xff")
     corpus = find_corpus(tmp_path, held_out=frozenset({"a.txt"}))
-    list(read_texts(corpus.train + corpus.heldout, corpus.skipped))
-    assert str(corpus.skipped) == "1 not UTF-8 (?.txt)"
+    assert str(read(corpus.train + corpus.heldout)[1]) == "1 not UTF-8 (?.txt)"
 
 
 def test_the_standard_library(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ class Failing:
 
     def __init__(self, split: PackedSplit, healthy: int) -> None:
         self.sequence_length, self.calls, self.healthy, self.split = T, 0, healthy, split
+        self.largest_batch, self.order = split.largest_batch, split.order
 
     def __len__(self) -> int:
         return len(self.split)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from longtrain.batch import IGNORE
 from longtrain.data.manifest import check_model_vocab, read_manifest
 from longtrain.data.packed import PackedSplit, context_share, context_warning
 from longtrain.errors import DataError
+from longtrain.recipe.schema import LongDocuments
 
 WritePrepared = Callable[..., Path]
 
@@ -81,6 +83,78 @@ def test_every_sequence_equals_the_slow_truth(
         seen += sum(4 * position > T for position in positions)
     assert split.context_share() == pytest.approx(seen / (len(split) * T))
     split.verify()
+
+
+def reference_spans(documents: list[list[int]], T: int, mode: str) -> list[tuple[list[int], int | None]]:
+    """What is packed, as (tokens, the token of the same document that comes after them)."""
+    pieces, others = [], []
+    for document in documents:
+        if len(document) <= T or mode == "keep":
+            others.append((document, None))
+        elif mode == "split":
+            cuts = [*range(0, len(document), T), len(document)]
+            for start, stop in itertools.pairwise(cuts):
+                after = document[stop] if stop < len(document) else None
+                (pieces if stop - start == T else others).append((document[start:stop], after))
+    return pieces + others
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    lengths=st.lists(st.integers(1, 5) | st.integers(1, 60), min_size=1, max_size=20),
+    T=st.integers(1, 16),
+    shard_tokens=st.sampled_from([1, 30, 10**6]),
+    mode=st.sampled_from(["keep", "split", "drop"]),
+)
+def test_long_documents_equal_the_slow_truth(
+    tmp_path_factory: pytest.TempPathFactory,
+    write_prepared: WritePrepared,
+    lengths: list[int],
+    T: int,
+    shard_tokens: int,
+    mode: str,
+) -> None:
+    documents = number(lengths)
+    folder = write_prepared(tmp_path_factory.mktemp("long") / "data", documents, shard_tokens=shard_tokens, vocab_size=2000)
+    spans = reference_spans(documents, T, mode)
+    whole = sum(len(tokens) for tokens, _ in spans) // T
+    if not whole:
+        with pytest.raises(DataError, match="fewer than one sequence"):
+            PackedSplit(folder, "train", T, LongDocuments(mode))
+        return
+    split = PackedSplit(folder, "train", T, LongDocuments(mode))
+    assert len(split) == whole
+    assert (split.tokens, split.documents) == (sum(lengths), len(lengths))
+    stream = [
+        (token, name, place, [*tokens, after][place + 1] if place + 1 < len(tokens) or after is not None else IGNORE)
+        for name, (tokens, after) in enumerate(spans)
+        for place, token in enumerate(tokens)
+    ]
+    for index in range(whole):
+        row = split.sequence(index)
+        part = stream[index * T : index * T + T]
+        borders = [0] + [place for place in range(1, T) if part[place][1] != part[place - 1][1]]
+        assert row.tokens.tolist() == [token for token, _, _, _ in part]
+        assert row.labels.tolist() == [label for _, _, _, label in part]
+        assert row.boundaries == (*borders, T)
+        assert row.positions.tolist() == [place - max(b for b in borders if b <= place) for place in range(T)]
+        assert row.segment_ids.tolist() == [sum(b <= place for b in borders) - 1 for place in range(T)]
+
+
+def test_split_gives_long_documents_sequences_of_their_own(tmp_path: Path, write_prepared: WritePrepared) -> None:
+    folder = write_prepared(tmp_path / "data", number([3, 10, 2, 8]))
+    split = PackedSplit(folder, "train", 4, LongDocuments.SPLIT)
+    rows = [split.sequence(index) for index in range(len(split))]
+    assert [row.tokens.tolist() for row in rows] == [[3, 4, 5, 6], [7, 8, 9, 10], [15, 16, 17, 18], [19, 20, 21, 22], [0, 1, 2, 11]]
+    assert [row.labels.tolist()[-1] for row in rows] == [7, 11, 19, IGNORE, 12]
+    drop = PackedSplit(folder, "train", 4, LongDocuments.DROP)
+    assert [drop.sequence(0).tokens.tolist(), drop.sequence(0).boundaries] == [[0, 1, 2, 13], (0, 3, 4)]
+    keep = PackedSplit(folder, "train", 4)
+    assert split.context_share() > keep.context_share() > drop.context_share()
+    assert len({keep.fingerprint, split.fingerprint, drop.fingerprint}) == 3
+    assert keep.fingerprint == keep.manifest.fingerprint("train")
+    with pytest.raises(DataError, match=r"5 tokens after data\.long_documents drop, fewer than one sequence of 7"):
+        PackedSplit(folder, "train", 7, LongDocuments.DROP)
 
 
 def test_a_whole_number_of_sequences_needs_no_further_token(tmp_path: Path, write_prepared: WritePrepared) -> None:

@@ -11,10 +11,13 @@ import pytest
 from rich.console import Console
 
 from longtrain.data import prepare as module
+from longtrain.data.command import main
+from longtrain.data.corpus import Skipped, find_corpus
 from longtrain.data.manifest import read_manifest
 from longtrain.data.packed import PackedSplit
-from longtrain.data.prepare import main, prepare
+from longtrain.data.prepare import prepare
 from longtrain.data.shards import SplitWriter
+from longtrain.data.sources import find_sources
 from longtrain.data.tokenizer import Tokenizer
 from longtrain.errors import DataError
 
@@ -78,7 +81,7 @@ def test_an_existing_tokenizer_is_kept_byte_for_byte(text_folder: Path, tmp_path
 
 def test_held_out_documents_do_not_reach_the_tokenizer(text_folder: Path, tmp_path: Path) -> None:
     prepare(str(text_folder), tmp_path / "a", vocab_size=320, held_out=0.2)
-    corpus = module.find_corpus(text_folder, held_out=0.2)
+    corpus = find_corpus(text_folder, held_out=0.2)
     for document in corpus.heldout:
         document.path.write_text("zzqq xxyy wwvv " * 500)
     prepare(str(text_folder), tmp_path / "b", vocab_size=320, held_out=0.2)
@@ -88,8 +91,8 @@ def test_held_out_documents_do_not_reach_the_tokenizer(text_folder: Path, tmp_pa
 def test_a_large_corpus_is_sampled(text_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "SAMPLE_CHARACTERS", 20_000)
     monkeypatch.setattr(module, "SAMPLE_PER_DOCUMENT", 2_000)
-    corpus = module.find_corpus(text_folder, held_out=0.2)
-    sentences = list(module._sample(corpus.train, corpus.skipped))
+    found = find_sources([str(text_folder)], globs=(), held_out=0.2, seed=0, out=Path("out"))
+    sentences = list(module.sample(found, "text", Skipped()))
     assert 15_000 < sum(map(len, sentences)) < 24_000
     assert len({sentence.split(":")[0].rsplit(" ", 1)[1] for sentence in sentences}) >= 8
 
@@ -99,7 +102,7 @@ def test_files_that_are_no_text_are_counted_and_named(text_folder: Path, tmp_pat
         (text_folder / f"latin{n}.txt").write_bytes(b"caf\xe9")
     (text_folder / "empty.txt").touch()
     prepared = prepare(str(text_folder), tmp_path / "out", vocab_size=320, held_out=0.2)
-    assert prepared.manifest.statistics.skipped == {"not_utf8": 5, "unreadable": 0, "empty": 1}
+    assert prepared.manifest.statistics.skipped == {"not_utf8": 5, "unreadable": 0, "empty": 1, "malformed": 0}
     assert "5 not UTF-8 (latin" in prepared.report()
     for path in text_folder.rglob("*.txt"):
         path.write_bytes(b"\xff")
@@ -200,7 +203,8 @@ def test_progress_on_a_terminal_and_in_a_log(text_folder: Path, tmp_path: Path) 
             prepare(str(text_folder), tmp_path / str(terminal), vocab_size=320, held_out=0.2, console=console)
         text = (tmp_path / "log").read_text()
         assert ("\x1b" in text) == terminal
-        assert "tokenizing train" in text
+        assert "tokenizing" in text
+        assert "tokens/s" in text
 
 
 def test_part_of_the_standard_library(tmp_path: Path) -> None:
