@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import StrEnum
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longtrain.attention import Keep
 from longtrain.models.config import ModelConfig
+from longtrain.models.families import family_of
 
 
 class Activations(StrEnum):
@@ -65,18 +66,23 @@ def run_block(mode: Activations, block: Callable[..., Tensor], x: Tensor, *conte
     return out
 
 
-def held_bytes(config: ModelConfig, mode: Activations, tokens: int, itemsize: int) -> int:
+def held_bytes(config: ModelConfig, mode: Activations, tokens: int, itemsize: int, fused: Collection[str] = ()) -> int:
     """Bytes that one block holds from its forward to its backward, for `tokens` tokens and activations of `itemsize` bytes.
 
-    Sums what each mode names; for NONE, all that the plain torch layers save, their fp32 copies of the norms' inputs included.
+    Sums what each mode names; for NONE, all that the layers save: plain norms also an fp32 copy of their inputs, a plain SwiGLU
+    also the activated gate. fused: which layers are (`kernels.layers.FUSABLE`).
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, family = config.hidden_size, family_of(config)
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     lse = 4 * config.heads
+    inner = {"swiglu": 3 if "mlp" in fused else 4, "relu": 1}[family.mlp] * config.intermediate_size
+    of_norm = {"rmsnorm": 4, "layernorm": 8}[family.norm]
+    if family.norm == "rmsnorm" and "norm" not in fused:
+        of_norm += 4 * hidden
     per_token = {
         Activations.MINIMAL: itemsize * hidden,
         Activations.FULL: itemsize * (hidden + queries) + lse,
         Activations.SELECTIVE: itemsize * (2 * hidden + 2 * queries + 2 * keys) + lse,
-        Activations.NONE: itemsize * (4 * hidden + 2 * queries + 2 * keys + 4 * inner) + 4 * (2 * hidden + 2) + lse,
+        Activations.NONE: itemsize * (4 * hidden + 2 * queries + 2 * keys + inner) + 2 * of_norm + lse,
     }
     return tokens * per_token[mode]

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
 
 from longtrain.attention import PLAIN, Attend, AttentionMask, Keep
+from longtrain.kernels.layers import Layers
 from longtrain.models.config import ModelConfig
 from longtrain.models.layers import Linear
-from longtrain.models.positions import rotate
+from longtrain.models.positions import Tables
 
 
 class SelfAttention(nn.Module):
-    """Projections and rotary positions around an injected `attend`, which may hold a shard of the sequence."""
+    """Projections and rotary positions around an injected `attend`, which may hold a shard of the sequence.
 
-    def __init__(self, config: ModelConfig, attend: Attend, bias: bool = False) -> None:
+    biases: which of the projections add one.
+    """
+
+    def __init__(self, config: ModelConfig, attend: Attend, biases: Collection[str], layers: Layers) -> None:
         super().__init__()
         hidden, self.head_dim = config.hidden_size, config.head_dim
-        self.query = Linear(hidden, config.heads * config.head_dim, bias)
-        self.key = Linear(hidden, config.kv_heads * config.head_dim, bias)
-        self.value = Linear(hidden, config.kv_heads * config.head_dim, bias)
-        self.output = Linear(config.heads * config.head_dim, hidden, bias)
-        self.attend = attend
+        self.query = Linear(hidden, config.heads * config.head_dim, "query" in biases)
+        self.key = Linear(hidden, config.kv_heads * config.head_dim, "key" in biases)
+        self.value = Linear(hidden, config.kv_heads * config.head_dim, "value" in biases)
+        self.output = Linear(config.heads * config.head_dim, hidden, "output" in biases)
+        self.attend, self.rotary = attend, layers.rotary
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: AttentionMask,
-        keep: Keep | None = None,
-        products: Keep | None = None,
+        self, x: Tensor, tables: Tables | None, mask: AttentionMask, keep: Keep | None = None, products: Keep | None = None
     ) -> Tensor:
-        """x [B, T, C] -> [B, T, C]; cos, sin: `rotary_tables` of its positions. keep, products: stores of a recomputed block."""
+        """x [B, T, C] -> [B, T, C]; tables: of rotary positions, if it has any. keep, products: stores of a recomputed block."""
         q, k, v = (
             linear(x, products, slot).unflatten(-1, (-1, self.head_dim))
             for linear, slot in ((self.query, "query"), (self.key, "key"), (self.value, "value"))
         )
-        out = self.attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, PLAIN, keep=keep)
+        if tables is not None:
+            q, k = self.rotary(q, k, *tables)
+        out = self.attend(q, k, v, mask, PLAIN, keep=keep)
         return self.output(out.flatten(2), products, "output")

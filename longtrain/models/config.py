@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from longtrain.errors import PlanError
+from longtrain.models.rope import RopeScaling, check_scaling
 
 
 @dataclass(frozen=True)
@@ -12,8 +13,9 @@ class ModelConfig:
     """Shapes and constants of one decoder; `families.family_of` says what its parts are.
 
     vocab_size, hidden_size, layers, heads, kv_heads, head_dim, intermediate_size: counts, at least 1; kv_heads divides heads (GQA,
-    Ainslie et al. 2023), head_dim is even. max_positions: the longest sequence the model is trained on. window: how many keys a
-    query sees, its own included; None is all earlier ones. init_std: of the normal distribution that weights start from.
+    Ainslie et al. 2023), head_dim is even. max_positions: the longest sequence the model has positions for. rope_theta,
+    rope_scaling: of rotary positions. window: how many keys a query sees, its own included; None is all earlier ones. init_std: of
+    the normal distribution that weights start from.
 
     Raises:
         PlanError: a number that no decoder can have.
@@ -29,6 +31,7 @@ class ModelConfig:
     intermediate_size: int
     max_positions: int
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-5
     tied_embeddings: bool = False
     window: int | None = None
@@ -45,3 +48,5 @@ class ModelConfig:
             raise PlanError(f"model.head_dim {self.head_dim} is odd; rotary positions turn pairs of features, choose an even one")
         if self.window is not None and self.window < 1:
             raise PlanError(f"model.window {self.window} counts the query itself, so it must be at least 1")
+        if self.rope_scaling is not None:
+            check_scaling(self.rope_scaling, self.rope_theta, self.head_dim)

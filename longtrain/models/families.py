@@ -1,9 +1,9 @@
-"""Model families as data: which parts a decoder has, and what Hugging Face calls them."""
+"""Model families as data: which parts a decoder has, and what Hugging Face calls its parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeVar
 
@@ -17,57 +17,27 @@ Part = TypeVar("Part")
 class Family:
     """Choices by name (`choose` finds what implements them) and the weight map.
 
-    names: Hugging Face's name of every parameter outside the blocks; block_names: of every one inside, below our `blocks.<i>.` and
-    its `layers.<i>.` (block_prefix). hugging_face: the family's own part of config.json.
+    biases: the linear layers of a block that add one. names: Hugging Face's name of every parameter outside the blocks, those
+    before the blocks in `before`; block_names: of every one inside, below our `blocks.<i>.` and its `layers.<i>.` (block_prefix).
     """
 
     norm: str
     mlp: str
     positions: str
-    bias: bool
+    biases: frozenset[str]
+    before: Mapping[str, str]
     names: Mapping[str, str]
     block_names: Mapping[str, str]
     block_prefix: str
-    hugging_face: Callable[[ModelConfig], dict[str, object]]
-
-
-def _llama_config(config: ModelConfig) -> dict[str, object]:
-    """LLaMA, or Mistral where transformers' LLaMA has no equal: a sliding window (which counts the query there too), or heads
-    that do not divide hidden_size."""
-    mistral = config.window is not None or config.hidden_size % config.heads != 0
-    shared: dict[str, object] = {
-        "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
-        "model_type": "mistral" if mistral else "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_positions,
-        "initializer_range": config.init_std,
-        "rms_norm_eps": config.norm_eps,
-        # transformers 5 reads rope_parameters, earlier ones rope_theta
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tied_embeddings,
-        "attention_dropout": 0.0,
-    }
-    return shared | ({"sliding_window": config.window} if mistral else {"attention_bias": False, "mlp_bias": False})
 
 
 LLAMA = Family(
     norm="rmsnorm",
     mlp="swiglu",
     positions="rotary",
-    bias=False,
-    names={
-        "embedding.weight": "model.embed_tokens.weight",
-        "norm.weight": "model.norm.weight",
-        "head.weight": "lm_head.weight",
-    },
+    biases=frozenset(),
+    before={"embedding.weight": "model.embed_tokens.weight"},
+    names={"norm.weight": "model.norm.weight", "head.weight": "lm_head.weight"},
     block_names={
         "attention_norm.weight": "input_layernorm.weight",
         "attention.query.weight": "self_attn.q_proj.weight",
@@ -80,11 +50,60 @@ LLAMA = Family(
         "mlp.down.weight": "mlp.down_proj.weight",
     },
     block_prefix="model.layers.",
-    hugging_face=_llama_config,
 )
-"""Touvron et al. 2023."""
+"""Touvron et al. 2023; Mistral (Jiang et al. 2023) is one with a window."""
 
-FAMILIES: Mapping[str, Family] = {"llama": LLAMA}
+
+def _with_biases(names: Mapping[str, str], biases: frozenset[str]) -> dict[str, str]:
+    """Every bias after the weight of its linear layer, as modules register them."""
+    found: dict[str, str] = {}
+    for ours, theirs in names.items():
+        found[ours] = theirs
+        layer = ours.removesuffix(".weight")
+        if layer.rpartition(".")[2] in biases:
+            found[f"{layer}.bias"] = theirs.removesuffix("weight") + "bias"
+    return found
+
+
+_QUERY_KEY_VALUE = frozenset({"query", "key", "value"})
+
+QWEN2 = replace(LLAMA, biases=_QUERY_KEY_VALUE, block_names=_with_biases(LLAMA.block_names, _QUERY_KEY_VALUE))
+"""Yang et al. 2024: LLaMA with biases of queries, keys and values."""
+
+_ALL = frozenset({"query", "key", "value", "output", "up", "down", "attention_norm", "mlp_norm"})
+
+OPT = Family(
+    norm="layernorm",
+    mlp="relu",
+    positions="learned",
+    biases=_ALL,
+    before={"embedding.weight": "model.decoder.embed_tokens.weight", "positions.weight": "model.decoder.embed_positions.weight"},
+    names={
+        "norm.weight": "model.decoder.final_layer_norm.weight",
+        "norm.bias": "model.decoder.final_layer_norm.bias",
+        "head.weight": "lm_head.weight",
+    },
+    block_names=_with_biases(
+        {
+            "attention_norm.weight": "self_attn_layer_norm.weight",
+            "attention.query.weight": "self_attn.q_proj.weight",
+            "attention.key.weight": "self_attn.k_proj.weight",
+            "attention.value.weight": "self_attn.v_proj.weight",
+            "attention.output.weight": "self_attn.out_proj.weight",
+            "mlp_norm.weight": "final_layer_norm.weight",
+            "mlp.up.weight": "fc1.weight",
+            "mlp.down.weight": "fc2.weight",
+        },
+        _ALL,
+    ),
+    block_prefix="model.decoder.layers.",
+)
+"""Zhang et al. 2022, without its dropout: continued training does not use it."""
+
+FAMILIES: Mapping[str, Family] = {"llama": LLAMA, "qwen2": QWEN2, "opt": OPT}
+
+POSITION_OFFSET = 2
+"""Rows of a table of learned positions before the one of position 0: OPT's, which it inherited from a padding token."""
 
 
 def choose(what: str, name: str, known: Mapping[str, Part]) -> Part:
@@ -102,10 +121,10 @@ def family_of(config: ModelConfig) -> Family:
 def hugging_face_names(config: ModelConfig) -> dict[str, str]:
     """Hugging Face's name of every parameter of ours, in the order of the decoder; tied parameters once, as the embedding."""
     family = family_of(config)
-    names = {"embedding.weight": family.names["embedding.weight"]}
+    names = dict(family.before)
     for i in range(config.layers):
         names |= {f"blocks.{i}.{ours}": f"{family.block_prefix}{i}.{theirs}" for ours, theirs in family.block_names.items()}
-    names |= {ours: theirs for ours, theirs in family.names.items() if ours not in names}
+    names |= family.names
     if config.tied_embeddings:
         del names["head.weight"]
     return names
@@ -115,26 +134,32 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every parameter, without building one; tied parameters once, as the embedding."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    of_name: dict[str, tuple[int, ...]] = {
-        "embedding.weight": (config.vocab_size, hidden),
-        "attention_norm.weight": (hidden,),
-        "attention.query.weight": (queries, hidden),
-        "attention.key.weight": (keys, hidden),
-        "attention.value.weight": (keys, hidden),
-        "attention.output.weight": (hidden, queries),
-        "mlp_norm.weight": (hidden,),
-        "mlp.gate.weight": (inner, hidden),
-        "mlp.up.weight": (inner, hidden),
-        "mlp.down.weight": (hidden, inner),
-        "norm.weight": (hidden,),
-        "head.weight": (config.vocab_size, hidden),
+    of_layer: dict[str, tuple[int, ...]] = {
+        "embedding": (config.vocab_size, hidden),
+        "positions": (config.max_positions + POSITION_OFFSET, hidden),
+        "attention_norm": (hidden,),
+        "attention.query": (queries, hidden),
+        "attention.key": (keys, hidden),
+        "attention.value": (keys, hidden),
+        "attention.output": (hidden, queries),
+        "mlp_norm": (hidden,),
+        "mlp.gate": (inner, hidden),
+        "mlp.up": (inner, hidden),
+        "mlp.down": (hidden, inner),
+        "norm": (hidden,),
+        "head": (config.vocab_size, hidden),
     }
-    return {name: of_name[local] for name, local in _local_names(hugging_face_names(config))}
+    return {
+        name: of_layer[layer] if kind == "weight" else of_layer[layer][:1]
+        for name, layer, kind in _local_names(hugging_face_names(config))
+    }
 
 
-def _local_names(names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _local_names(names: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """(name, layer within its block or the decoder, "weight" or "bias")."""
     for name in names:
-        yield name, name.split(".", 2)[2] if name.startswith("blocks.") else name
+        layer, _, kind = (name.split(".", 2)[2] if name.startswith("blocks.") else name).rpartition(".")
+        yield name, layer, kind
 
 
 def parameter_count(config: ModelConfig) -> int:

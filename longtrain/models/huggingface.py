@@ -17,18 +17,12 @@ from torch import Tensor
 from longtrain.errors import CheckpointError
 from longtrain.files import sync_path
 from longtrain.models.config import ModelConfig
-from longtrain.models.families import family_of, hugging_face_names, parameter_shapes
+from longtrain.models.config_json import CONFIG, config_json
+from longtrain.models.families import hugging_face_names, parameter_shapes
 from longtrain.models.tokenizer_json import tokenizer_files
 
 SHARD_BYTES = 5 * 10**9
 """Hugging Face's customary shard: large enough for few files, small enough for a laptop's memory."""
-
-
-def config_json(config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None) -> dict[str, object]:
-    """The contents of config.json, for transformers 5 and for earlier versions."""
-    name = str(dtype).removeprefix("torch.")
-    shared = {"bos_token_id": bos, "eos_token_id": eos, "use_cache": True, "dtype": name, "torch_dtype": name}
-    return family_of(config).hugging_face(config) | shared
 
 
 def write_folder(
@@ -45,8 +39,8 @@ def write_folder(
     """Writes config, weights and tokenizer, so that `folder` appears whole or not at all.
 
     tensors: (our name, tensor), every parameter once and in any order; at most `shard_bytes`, or one tensor, of them are held at a
-    time. tokenizer_model: a SentencePiece .model file, also written as tokenizer.json; None leaves the tokenizer out. bos, eos:
-    token ids.
+    time. tokenizer_model: a tokenizer.json, or a SentencePiece .model file, also written as one; None leaves the tokenizer out.
+    bos, eos: token ids.
 
     Raises:
         CheckpointError: the folder exists, or a parameter is missing, unknown, given twice or of another shape.
@@ -57,16 +51,16 @@ def write_folder(
     whole, part = folder.absolute(), folder.absolute().with_name(f".{folder.name}.{os.getpid()}.tmp")
     part.mkdir(parents=True)
     try:
-        contents = {"config.json": config_json(config, dtype, bos, eos)}
+        contents = {CONFIG: config_json(config, dtype, bos, eos)}
         contents["generation_config.json"] = {"bos_token_id": bos, "eos_token_id": eos}
         if tokenizer_model is not None:
-            contents |= tokenizer_files(tokenizer_model)
-            shutil.copyfile(tokenizer_model, part / "tokenizer.model")
-        _write_weights(part, _translated(config, tensors, dtype), shard_bytes)
+            contents |= tokenizer_files(tokenizer_model, bos, eos)
+            shutil.copyfile(tokenizer_model, part / f"tokenizer{tokenizer_model.suffix}")
+        write_weights(part, _translated(config, tensors, dtype), shard_bytes)
         for name, content in contents.items():
             (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         for path in part.glob("*.safetensors"):
-            shutil.copymode(part / "config.json", path)  # the library writes files that only their owner can read
+            shutil.copymode(part / CONFIG, path)  # the library writes files that only their owner can read
         for path in [*part.iterdir(), part]:
             sync_path(path)
         part.rename(whole)
@@ -89,7 +83,7 @@ def _translated(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtyp
         raise CheckpointError(f"{len(missing)} parameters are missing, {next(iter(missing))} first")
 
 
-def _write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Shards in the order given, and the index that finds a tensor; one shard needs no index."""
     # map lets go of a shard before the next one is read
     shards = list(map(partial(_write_shard, folder), count(1), _shards(tensors, shard_bytes)))

@@ -1,25 +1,41 @@
-"""Rotary position embeddings (Su et al. 2021), in Hugging Face's convention: feature i turns with feature i + D/2."""
+"""How a decoder knows where a token stands: rotary angles for attention, or learned rows added to the embedding."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longtrain.models.config import ModelConfig
+from longtrain.models.families import POSITION_OFFSET
+from longtrain.models.rope import tables
+
+Tables = tuple[Tensor, Tensor]
+"""cos and sin, fp32 [B, T, 1, D/2]."""
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [B, T, 1, D/2], of int64 positions [B, T] of any order.
+class Rotary(nn.Module):
+    """Su et al. 2021; without parameters."""
 
-    Frequencies are rounded to fp32 as elsewhere; their products with positions are not: at a million positions fp32 products
-    would be wrong by up to 0.06 radian, in fp64 an angle is as exact as its cosine.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    frequencies = 1.0 / (theta**exponents)
-    angles = positions[..., None, None].double() * frequencies.double()
-    angles = angles.remainder_(2 * torch.pi).float()
-    return angles.cos(), angles.sin()
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tables | None]:
+        """x [B, T, C] as it is, and the tables of int64 positions [B, T]."""
+        return x, tables(positions, self.dim, self.theta, self.scaling)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, D] turned by its positions: computed in fp32, returned in x's dtype."""
-    first, second = x.float().chunk(2, -1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+class Learned(nn.Module):
+    """Rows of weight [max_positions + POSITION_OFFSET, C], added to the embeddings."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.max_positions + POSITION_OFFSET, config.hidden_size))
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tables | None]:
+        """x [B, T, C] plus the rows of int64 positions [B, T]; no tables."""
+        return x + F.embedding(positions + POSITION_OFFSET, self.weight), None
+
+
+POSITIONS: dict[str, type[Rotary] | type[Learned]] = {"rotary": Rotary, "learned": Learned}

@@ -1,7 +1,8 @@
-"""A SentencePiece BPE model as Hugging Face's tokenizer.json, with the same token ids for every text."""
+"""The tokenizer of an exported folder: a tokenizer.json as it is, a SentencePiece BPE model as one with the same ids."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,31 @@ SPACE = "▁"
 BPE, IDENTITY = 2, "identity"
 
 
-def tokenizer_files(model: Path) -> dict[str, dict[str, object]]:
+def tokenizer_files(model: Path, bos: int | None, eos: int | None) -> dict[str, dict[str, object]]:
+    """The contents of the JSON files beside a tokenizer. bos, eos: token ids that begin and end documents.
+
+    Raises:
+        DataError: the tokenizer is damaged, lacks these ids, or cannot be written exactly.
+    """
+    return {"tokenizer_config.json": _names_of(model, bos, eos)} if model.suffix == ".json" else _from_sentencepiece(model)
+
+
+def _names_of(tokenizer: Path, bos: int | None, eos: int | None) -> dict[str, object]:
+    """tokenizer_config.json for a tokenizer.json."""
+    try:
+        content = json.loads(tokenizer.read_bytes())
+        names = {index: name for name, index in dict(content["model"]["vocab"]).items()}
+        names |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{tokenizer}: cannot be read as a tokenizer.json, so it is damaged: {error}") from None
+    unknown = [index for index in (bos, eos) if index is not None and index not in names]
+    if unknown:
+        raise DataError(f"{tokenizer}: has no token {unknown[0]}, with which documents begin or end")
+    tokens = {f"{what}_token": names[index] for what, index in (("bos", bos), ("eos", eos)) if index is not None}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "clean_up_tokenization_spaces": False}
+
+
+def _from_sentencepiece(model: Path) -> dict[str, dict[str, object]]:
     """The contents of tokenizer.json and tokenizer_config.json for a SentencePiece .model file.
 
     Pieces are written with plain spaces, so that a text which holds the sign for a space literally falls back to its bytes, as

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from longtrain.models.activations import Activations, held_bytes
+from longtrain.models.families import family_of
 from longtrain.models.flops import training_flops
 from longtrain.plan.plan import Plan
 from longtrain.recipe.schema import Offload, Precision, ScheduleKind
@@ -13,12 +15,12 @@ from longtrain.recipe.schema import Offload, Precision, ScheduleKind
 def describe(plan: Plan) -> list[tuple[str, str]]:
     """(what, value) lines of a plan: ranks, shapes, tokens, parameters, memory, kernels with their reasons."""
     recipe, model, training = plan.recipe, plan.model, plan.recipe.training
-    ring = f"cp {plan.cp} ({plan.layout} ring)" if plan.cp > 1 else "cp 1 (no ring)"
+    ring = f"cp {plan.cp} ({_sharing(plan)})"
     length = training.sequence_length
     padding = plan.padded_length - length
     attention = "causal" if model.window is None else f"causal, window {model.window}"
     mode = Activations(training.activations.value)
-    held = held_bytes(model, mode, training.micro_batch_size * plan.local_length, plan.dtype.itemsize)
+    held = held_bytes(model, mode, training.micro_batch_size * plan.local_length, plan.dtype.itemsize, plan.fused)
     causal, full = (training.batch_size * flops for flops in training_flops(model, [(0, length)], length))
     lines = [
         ("recipe", recipe.name),
@@ -30,6 +32,8 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
             f"{model.family}, {plan.parameters:,} parameters: {model.layers} layers, hidden {model.hidden_size}, "
             f"{model.heads} heads / {model.kv_heads} key-value heads of {model.head_dim}, vocabulary {model.vocab_size}",
         ),
+        ("positions", _positions(plan)),
+        ("weights", _weights(plan)),
         (
             "sequence",
             f"{length:,} tokens" + (f" (+{padding} padding)" if padding else "") + f", {plan.local_length:,} on each rank",
@@ -45,12 +49,42 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("precision", f"{training.precision}, ZeRO stage {recipe.zero.stage}, optimizer offload {recipe.zero.offload}"),
         ("model state", f"about {state_bytes(plan) / 2**30:.3g} GiB on each rank (weights, gradients, master weights, moments)"),
         ("activations", f"{mode}: blocks hold about {held * model.layers / 2**30:.3g} GiB on each rank"),
+        ("layers", f"fused: {', '.join(plan.fused)}" if plan.fused else "plain torch"),
         ("attention", attention),
         ("kernel", plan.kernel.kernel.name + (" (plain torch: right, but slow on GPUs)" if _slow(plan) else "")),
     ]
     lines += [(f"  not {name}", reason) for name, reason in plan.kernel.others.items()]
     lines += [("warning", warning) for warning in _warnings(plan)]
     return lines
+
+
+def _sharing(plan: Plan) -> str:
+    parallel = plan.recipe.parallel
+    if plan.cp == 1:
+        return "no ring"
+    ring, heads = f"{parallel.layout} ring", f"Ulysses over {parallel.ulysses}"
+    if parallel.ulysses == 1:
+        return ring
+    return heads if parallel.ulysses == plan.cp else f"{heads} in a {ring} of {plan.cp // parallel.ulysses}"
+
+
+def _positions(plan: Plan) -> str:
+    model, extend = plan.model, plan.recipe.model.positions.extend
+    if family_of(model).positions == "learned":
+        known = plan.recipe.model.max_positions
+        more = f", {extend} beyond {known:,}" if known is not None and known < model.max_positions else ""
+        return f"{model.max_positions:,} learned{more}"
+    scaling = plan.recipe.model.rope_scaling
+    numbers = {name: value for name, value in scaling.model_dump(exclude={"kind"}).items() if isinstance(value, int | float)}
+    scaled = "" if scaling.kind == "none" else f", {scaling.kind} ({', '.join(f'{k} {v:g}' for k, v in numbers.items())})"
+    return f"rotary, theta {model.rope_theta:g}{scaled}"
+
+
+def _weights(plan: Plan) -> str:
+    init = plan.recipe.model.init
+    if init is None:
+        return f"random, seed {plan.recipe.seed}"
+    return f"from {init}" + ("" if Path(init).exists() else " (not there yet: put a Hugging Face folder there before training)")
 
 
 def _slow(plan: Plan) -> bool:

@@ -9,10 +9,13 @@ import torch
 
 from longtrain.attention import Band, Needs, SequenceLayout, ring_plan
 from longtrain.errors import PlanError
+from longtrain.kernels.layers import FUSABLE, fusable
 from longtrain.kernels.registry import Choice, kinds_of, select
 from longtrain.models.config import ModelConfig
-from longtrain.models.families import parameter_count
+from longtrain.models.families import family_of, parameter_count
+from longtrain.parallel.ulysses import UlyssesLayout, refuses_heads
 from longtrain.parallel.zero_config import DTYPES, deepspeed_config
+from longtrain.plan.model import model_config, resolve
 from longtrain.recipe.schema import Activations, Device, Precision, Recipe
 
 
@@ -20,7 +23,9 @@ from longtrain.recipe.schema import Activations, Device, Precision, Recipe
 class Plan:
     """A recipe resolved for `world` ranks. Nothing downstream writes into it.
 
-    device: "cpu" or "cuda". padded_length: of one sequence, as the ring splits it. deepspeed: the generated configuration.
+    recipe: with the whole shape of the decoder. device: "cpu" or "cuda". layout: how a sequence is dealt to cp
+    ranks. padded_length: of one sequence, as the layout splits it. fused: layers that run as one kernel (`kernels.layers.FUSABLE`).
+    deepspeed: the generated configuration.
     """
 
     recipe: Recipe
@@ -32,11 +37,17 @@ class Plan:
     dtype: torch.dtype
     model: ModelConfig
     parameters: int
-    layout: SequenceLayout
+    layout: SequenceLayout | UlyssesLayout
     band: Band
     padded_length: int
     kernel: Choice
+    fused: tuple[str, ...]
     deepspeed: dict[str, Any] = field(repr=False)
+
+    @property
+    def ring(self) -> SequenceLayout:
+        """How a sequence is dealt to the ring: of all cp ranks, or of the groups that share heads."""
+        return _ring(self.recipe)
 
     @property
     def local_length(self) -> int:
@@ -52,8 +63,10 @@ class Plan:
 def make_plan(recipe: Recipe, world: int, device: str) -> Plan:
     """Resolves `recipe` for `world` ranks on "cpu" or "cuda".
 
-    Raises PlanError where the ranks, the device or the batch do not fit, KernelError where no kernel does; each names the field.
+    Reads no more than the config.json of model.init. Raises PlanError where the ranks, the device or the batch do not fit,
+    KernelError where no kernel does, CheckpointError where model.init is no model that can be trained; each names the field.
     """
+    recipe = resolve(recipe)
     training, parallel = recipe.training, recipe.parallel
     dp = _data_parallel(recipe, world)
     if training.batch_size % (dp * training.micro_batch_size):
@@ -70,12 +83,9 @@ def make_plan(recipe: Recipe, world: int, device: str) -> Plan:
             "training.activations: minimal runs attention again in the backward, and with parallel.cp > 1 its exchange too; "
             "use full, which keeps the attention output"
         )
-    layout, band = SequenceLayout(parallel.layout.value), Band.causal(recipe.model.window)
-    padded_length, dtype = layout.padded_length(training.sequence_length, parallel.cp), DTYPES[training.precision]
+    layout = _ring(recipe) if parallel.ulysses == 1 else UlyssesLayout(_ring(recipe), parallel.ulysses)
+    padded_length, band = layout.padded_length(training.sequence_length, parallel.cp), Band.causal(recipe.model.window)
     model = model_config(recipe)
-    schedule = ring_plan(layout, padded_length, padded_length, parallel.cp, band)
-    kinds = kinds_of(block.band for row in schedule for blocks in row for block in blocks)
-    needs = Needs(kinds, True, frozenset(), model.head_dim, model.head_dim, dtype, device, fp32_partials=parallel.cp > 1)
     accumulation = training.batch_size // (dp * training.micro_batch_size)
     return Plan(
         recipe=recipe,
@@ -84,13 +94,14 @@ def make_plan(recipe: Recipe, world: int, device: str) -> Plan:
         cp=parallel.cp,
         accumulation=accumulation,
         device=device,
-        dtype=dtype,
+        dtype=DTYPES[training.precision],
         model=model,
         parameters=parameter_count(model),
         layout=layout,
         band=band,
         padded_length=padded_length,
-        kernel=select(needs, recipe.attention.kernel),
+        kernel=_kernel(recipe, model, padded_length, band, device),
+        fused=_fused(recipe, model, device),
         deepspeed=deepspeed_config(
             stage=recipe.zero.stage,
             offload=recipe.zero.offload.value,
@@ -101,6 +112,44 @@ def make_plan(recipe: Recipe, world: int, device: str) -> Plan:
             grad_clip=recipe.optimizer.grad_clip,
         ),
     )
+
+
+def _ring(recipe: Recipe) -> SequenceLayout:
+    return SequenceLayout(recipe.parallel.layout.value)
+
+
+def _kernel(recipe: Recipe, model: ModelConfig, length: int, band: Band, device: str) -> Choice:
+    """The attention kernel for all blocks of the ring's schedule; length: of a padded sequence."""
+    unshared = refuses_heads(model.heads, model.kv_heads, recipe.parallel.ulysses)
+    if unshared is not None:
+        raise PlanError(f"parallel.ulysses: {unshared}; change parallel.ulysses (1: a ring of all cp ranks)")
+    ranks = recipe.parallel.cp // recipe.parallel.ulysses
+    schedule = ring_plan(_ring(recipe), length, length, ranks, band)
+    kinds = kinds_of(block.band for row in schedule for blocks in row for block in blocks)
+    width, dtype = model.head_dim, DTYPES[recipe.training.precision]
+    needs = Needs(kinds, True, frozenset(), width, width, dtype, device, fp32_partials=ranks > 1)
+    return select(needs, recipe.attention.kernel)
+
+
+def _fused(recipe: Recipe, model: ModelConfig, device: str) -> tuple[str, ...]:
+    """The layers to fuse, in the order of FUSABLE. On a CPU kernels run in Triton's interpreter only, and never unasked."""
+    wanted, able = recipe.training.fused, fusable(device)
+    family = family_of(model)
+    absent = {"rotary"} if family.positions != "rotary" else set()
+    absent |= {"mlp"} if family.mlp != "swiglu" else set()
+    if wanted == "auto":
+        return tuple(name for name in able if name not in absent) if device == "cuda" else ()
+    if wanted == "none":
+        return ()
+    for name in sorted(absent.intersection(wanted)):
+        raise PlanError(f"training.fused: a model of family {model.family} has no {name} to fuse; delete it from the list")
+    unable = [name for name in wanted if name not in able]
+    if unable:
+        raise PlanError(
+            f"training.fused: {', '.join(unable)} cannot be fused on this {device}: that takes Triton and a GPU of compute "
+            "capability 8.0 or above; set training.fused to auto or none"
+        )
+    return tuple(name for name in FUSABLE if name in wanted)
 
 
 def _data_parallel(recipe: Recipe, world: int) -> int:
@@ -118,24 +167,3 @@ def _data_parallel(recipe: Recipe, world: int) -> int:
             "or set parallel.dp to auto"
         )
     return dp
-
-
-def model_config(recipe: Recipe) -> ModelConfig:
-    """The decoder that a recipe describes."""
-    model = recipe.model
-    return ModelConfig(
-        family=model.family.value,
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        layers=model.layers,
-        heads=model.heads,
-        kv_heads=model.key_value_heads,
-        head_dim=model.dim_per_head,
-        intermediate_size=model.intermediate_size,
-        max_positions=recipe.training.sequence_length,
-        rope_theta=model.rope_theta,
-        norm_eps=model.norm_eps,
-        tied_embeddings=model.tied_embeddings,
-        window=model.window,
-        init_std=model.init_std,
-    )

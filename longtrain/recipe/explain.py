@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from longtrain.recipe.schema import CONFLICT, Recipe, Section
+from longtrain.recipe.schema import Recipe
+from longtrain.recipe.section import CONFLICT, Section
 from longtrain.recipe.tree import UNREADABLE, Path, Problem, UnreadableError, parse
 
 # Names of other libraries that no spelling distance would find.
@@ -24,8 +25,10 @@ FOREIGN_NAMES: dict[str, Path] = {
     "gradient_clipping": ("optimizer", "grad_clip"),
     "initializer_range": ("model", "init_std"),
     "learning_rate": ("optimizer", "lr"),
+    "liger_kernel": ("training", "fused"),
     "lr_scheduler_type": ("schedule", "kind"),
     "max_grad_norm": ("optimizer", "grad_clip"),
+    "max_position_embeddings": ("model", "max_positions"),
     "max_length": ("training", "sequence_length"),
     "max_seq_len": ("training", "sequence_length"),
     "max_steps": ("training", "steps"),
@@ -33,6 +36,7 @@ FOREIGN_NAMES: dict[str, Path] = {
     "num_attention_heads": ("model", "heads"),
     "num_hidden_layers": ("model", "layers"),
     "num_key_value_heads": ("model", "kv_heads"),
+    "model_name_or_path": ("model", "init"),
     "num_layers": ("model", "layers"),
     "output_dir": ("output",),
     "save_steps": ("checkpoint", "every"),
@@ -126,12 +130,22 @@ def expected(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(repr(argument) for argument in arguments)
     if origin is tuple:
-        return f"a list of {len(arguments)} numbers"
+        return f"a list of {_items(arguments)}"
+    if origin is dict:
+        return "a section of 'name: number' lines"
     if _section_of(annotation) is not None:
         return "a section of 'key: value' lines"
     if issubclass(annotation, StrEnum):
         return f"one of {', '.join(annotation)}"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[annotation]
+
+
+def _items(arguments: tuple[Any, ...]) -> str:
+    """The elements of a list in words, from the arguments of its tuple type: 2 numbers; numbers; 'a' or 'b'."""
+    if arguments[-1] is not Ellipsis:
+        return f"{len(arguments)} numbers"
+    each = expected(arguments[0])
+    return "numbers" if each == "a number" else each
 
 
 def found(value: Any) -> str:
@@ -210,8 +224,9 @@ def _field_path(location: Path) -> Path:
 
 def _missing_key(path: Path) -> str:
     if is_section(path):
-        needed = [dotted(inner) for inner, info in FIELDS.items() if inner[:-1] == path and info.is_required()]
-        return f"required section is missing; it needs at least {', '.join(needed)}"
+        fields = {dotted(inner): info for inner, info in FIELDS.items() if inner[:-1] == path}
+        needed = [name for name, info in fields.items() if info.is_required()]
+        return f"required section is missing; it needs at least {', '.join(needed) or ' or '.join(list(fields)[:2])}"
     place = f"under {dotted(path[:-1])!r}" if path[:-1] else "at the top level"
     return f"required key is missing; add '{path[-1]}: <{expected(FIELDS[path].annotation)}>' {place}"
 

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -15,6 +17,8 @@ from longtrain.recipe.explain import FIELDS, dotted, expected, explain, is_secti
 from longtrain.recipe.schema import Recipe
 
 MAX_BYTES = 1024 * 1024
+EXTENDS = "extends"
+NOT_INHERITED = ("name", "output")
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -31,7 +35,7 @@ def builtin_recipes() -> dict[str, Path]:
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe and checks all that can be judged from the recipe alone.
+    """Reads a recipe, and the one that it extends, and checks all that can be judged from the recipe alone.
 
     Args:
         name_or_path: name of a built-in recipe, or the path of a file (a Path, or text with a separator or a YAML suffix).
@@ -48,31 +52,95 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """`load_recipe` of YAML text; `name` is what messages call it."""
+    files = _with_parent(_parse(text, name))
+    values = dict(_overlaid(files[-1].value, files[0].value))
+    replaced, complaints = _override(values, overrides)
+
+    recipe, problems = None, []
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = explain(error)
+    in_files = [(number, p.line or file.line(p.path), file, p) for number, file in enumerate(files) for p in file.problems]
+    for problem in problems:
+        blamed = next((argument for path, argument in replaced.items() if path == problem.path[: len(path)]), None)
+        if blamed is not None:
+            complaints.append(f"--set {blamed}: {problem.message}")
+            continue
+        # the file that says most of the path, and of two the one that was given
+        number, file = max(enumerate(files), key=lambda entry: (entry[1].depth(problem.path), -entry[0]))
+        in_files.append((number, file.line(problem.path), file, problem))
+    if recipe is None or in_files or complaints:
+        told = [(number, line, file.told(line, problem)) for number, line, file, problem in in_files]
+        raise RecipeError("\n".join([text for *_, text in sorted(told)] + complaints))
+    return recipe
+
+
+@dataclass(frozen=True)
+class _File:
+    """One YAML file. name: what messages call it."""
+
+    name: str
+    value: dict[str, Any]
+    lines: dict[tree.Path, int]
+    problems: list[tree.Problem]
+
+    def depth(self, path: tree.Path) -> int:
+        """How much of the path the file has."""
+        return next(end for end in range(len(path), -1, -1) if path[:end] in self.lines)
+
+    def line(self, path: tree.Path) -> int:
+        """The line of the key, or of the nearest section that the file has."""
+        return self.lines[path[: self.depth(path)]]
+
+    def without(self, *keys: str) -> "_File":
+        """The file as if it had none of these top-level keys."""
+        return _File(
+            self.name,
+            {key: value for key, value in self.value.items() if key not in keys},
+            {path: line for path, line in self.lines.items() if path[:1] not in [(key,) for key in keys]},
+            [problem for problem in self.problems if problem.path[:1] not in [(key,) for key in keys]],
+        )
+
+    def told(self, line: int, problem: tree.Problem) -> str:
+        place = f"{dotted(problem.path)}: " if problem.path else ""
+        return f"{self.name}:{line}: {place}{problem.message}"
+
+
+def _parse(text: str, name: str) -> _File:
     try:
         document = tree.parse(text)
     except tree.UnreadableError as error:
         raise RecipeError(f"{name}:{error.line}: {error.message}") from None
     if not isinstance(document.value, dict):
         raise RecipeError(f"{name}:{document.lines[()]}: expected a recipe: 'key: value' lines, such as 'name: my-run'")
-    replaced, complaints = _override(document, overrides)
+    return _File(name, document.value, document.lines, document.problems)
 
-    recipe, problems = None, list(document.problems)
+
+def _with_parent(file: _File) -> list[_File]:
+    """The file, and the one that it extends, if it does."""
+    if EXTENDS not in file.value:
+        return [file]
+    wanted, line = file.value[EXTENDS], file.line((EXTENDS,))
+    if not isinstance(wanted, str) or not wanted.strip():
+        raise RecipeError(f"{file.name}:{line}: {EXTENDS}: expected one recipe, by the name of a built-in one or by its path")
     try:
-        recipe = Recipe.model_validate(document.value)
-    except ValidationError as error:
-        problems += explain(error)
-    in_file = []
-    for problem in problems:
-        blamed = next((argument for path, argument in replaced.items() if path == problem.path[: len(path)]), None)
-        if blamed is not None and problem.line is None:
-            complaints.append(f"--set {blamed}: {problem.message}")
-            continue
-        line = problem.line or _line(document, problem.path)
-        place = f"{dotted(problem.path)}: " if problem.path else ""
-        in_file.append((line, f"{name}:{line}: {place}{problem.message}"))
-    if recipe is None or in_file or complaints:
-        raise RecipeError("\n".join([text for _, text in sorted(in_file)] + complaints))
-    return recipe
+        path = _find(wanted)
+        parent = _parse(_read(path, _shown(path)), _shown(path))
+    except RecipeError as error:
+        raise RecipeError(f"{file.name}:{line}: {EXTENDS}: {error}") from None
+    if EXTENDS in parent.value:
+        raise RecipeError(f"{file.name}:{line}: {EXTENDS}: {parent.name} extends another recipe itself; extend that one directly")
+    return [file.without(EXTENDS), parent.without(*NOT_INHERITED)]
+
+
+def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key in [*below, *(key for key in above if key not in below)]:
+        lower, upper = below.get(key), above.get(key)
+        if key in above and isinstance(lower, dict) and isinstance(upper, dict):
+            yield key, dict(_overlaid(lower, upper))
+        else:
+            yield key, upper if key in above else lower
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -127,13 +195,8 @@ def _read(path: Path, name: str) -> str:
         raise RecipeError(f"{name}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x}); save the file as UTF-8") from None
 
 
-def _line(document: tree.Tree, path: tree.Path) -> int:
-    """The line of the key, or of the nearest section that the file has."""
-    return next(document.lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in document.lines)
-
-
-def _override(document: tree.Tree, overrides: Sequence[str]) -> tuple[dict[tree.Path, str], list[str]]:
-    """Writes the overrides into the tree; returns the argument of every replaced path, and what is wrong with others."""
+def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[tree.Path, str], list[str]]:
+    """Writes the overrides into the values; returns the argument of every replaced path, and what is wrong with others."""
     replaced: dict[tree.Path, str] = {}
     complaints: list[str] = []
     for argument in overrides:
@@ -147,7 +210,7 @@ def _override(document: tree.Tree, overrides: Sequence[str]) -> tuple[dict[tree.
         except ValueError as error:
             complaints.append(f"--set {argument}: {error}")
             continue
-        section = document.value
+        section: Any = values
         for name in path[:-1]:
             section = section.setdefault(name, {}) if isinstance(section, dict) else None
         # A section that is no mapping is reported with the file.

@@ -6,48 +6,20 @@ judged from the recipe alone is judged here; what needs the number of ranks or t
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, Field
 
-CONFLICT = "conflict"
+from longtrain.recipe.model import ModelSection
+from longtrain.recipe.section import Conflict, Int, PathText, Section
+
 _NAME_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
-
-
-class Conflict(NamedTuple):
-    """Fields that cannot hold together: the dotted field to blame, seen from the section that reports it, and what to do."""
-
-    field: str
-    message: str
-
-
-class Section(BaseModel):
-    """A frozen group of fields that refuses unknown keys, converted types, nan and infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Every pair of values in this section that cannot hold together. Each value alone is already valid."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _refuse_conflicts(self) -> Self:
-        found = tuple(self.conflicts())
-        if found:
-            text = "; ".join(f"{conflict.field}: {conflict.message}" for conflict in found)
-            raise PydanticCustomError(CONFLICT, "{text}", {"text": text, "conflicts": found})
-        return self
 
 
 class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
-
-
-class Family(StrEnum):
-    LLAMA = "llama"
 
 
 class Precision(StrEnum):
@@ -66,6 +38,8 @@ class Activations(StrEnum):
 class KernelName(StrEnum):
     AUTO = "auto"
     TRITON = "triton"
+    CUDNN = "cudnn"
+    FLASH = "flash"
     REFERENCE = "reference"
     MEMORY_EFFICIENT = "memory_efficient"
 
@@ -94,75 +68,62 @@ def _run_name(text: str) -> str:
     return text
 
 
-def _path_text(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise ValueError("expected a path, without line breaks or other invisible characters")
+def _label(text: str) -> str:
+    if not text.strip() or not text.isprintable() or len(text) > 64 or set(text) & set("/\\#?%:"):
+        raise ValueError("use 1 to 64 visible characters, none of / \\ # ? % :")
     return text
 
 
-# Counts end up in int64 tensors and file offsets.
-Int = Annotated[int, Field(le=2**63 - 1)]
 RunName = Annotated[str, AfterValidator(_run_name)]
-PathText = Annotated[str, AfterValidator(_path_text)]
+Label = Annotated[str, AfterValidator(_label)]
+FusedLayer = Literal["norm", "rotary", "mlp", "loss"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class ModelSection(Section):
-    """Shape of the decoder."""
-
-    family: Family = Field(strict=False, description="Architecture: llama (RMSNorm, rotary positions, SwiGLU).")
-    vocab_size: Int = Field(ge=2, description="Number of tokens in the vocabulary; at least the tokenizer's.")
-    hidden_size: Int = Field(ge=1, description="Width of the residual stream, in features.")
-    layers: Int = Field(ge=1, description="Number of decoder blocks.")
-    heads: Int = Field(ge=1, description="Number of query heads.")
-    kv_heads: Int | None = Field(
-        default=None, ge=1, description="Number of key/value heads, a divisor of heads; null: as many as heads."
-    )
-    head_dim: Int | None = Field(default=None, ge=2, description="Features of one head, an even number; null: hidden_size / heads.")
-    intermediate_size: Int = Field(ge=1, description="Width of the feed-forward layer, in features.")
-    rope_theta: float = Field(default=10000.0, gt=0, description="Base of the rotary wavelengths.")
-    norm_eps: float = Field(default=1e-5, gt=0, description="Added to the mean square inside RMSNorm.")
-    tied_embeddings: bool = Field(default=False, description="Whether the output layer uses the weights of the token embedding.")
-    window: Int | None = Field(
-        default=None,
-        ge=1,
-        description="Sliding attention window, in tokens, counting the query itself; null: all earlier tokens.",
-    )
-    init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
-
-    @property
-    def key_value_heads(self) -> int:
-        """Number of key/value heads."""
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def dim_per_head(self) -> int:
-        """Features of one head."""
-        return self.hidden_size // self.heads if self.head_dim is None else self.head_dim
-
-    def conflicts(self) -> Iterator[Conflict]:
-        if self.head_dim is None and self.hidden_size % self.heads:
-            yield Conflict(
-                "heads",
-                f"{self.heads} heads do not divide hidden_size {self.hidden_size}; change one of them, or set head_dim",
-            )
-        elif self.dim_per_head % 2:
-            blamed = "heads" if self.head_dim is None else "head_dim"
-            yield Conflict(
-                blamed,
-                f"a head has {self.dim_per_head} features, but rotary positions turn pairs of features; make it even",
-            )
-        if self.heads % self.key_value_heads:
-            yield Conflict(
-                "kv_heads",
-                f"{self.key_value_heads} key/value heads do not divide {self.heads} heads; choose a divisor of heads",
-            )
+class LongDocuments(StrEnum):
+    KEEP = "keep"
+    SPLIT = "split"
+    DROP = "drop"
 
 
 class DataSection(Section):
     """Text to train on."""
 
-    path: PathText = Field(description="Folder of the prepared corpus, relative to the current directory.")
+    path: PathText | None = Field(
+        default=None, description="Folder of the prepared corpus, relative to the current directory; or set sources."
+    )
+    sources: dict[PathText, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None,
+        description="Several prepared folders in the place of path, 'FOLDER: weight' each: shares of the training tokens; any "
+        "positive numbers, divided by their sum.",
+    )
+    long_documents: LongDocuments = Field(
+        default=LongDocuments.KEEP,
+        strict=False,
+        description="Documents longer than sequence_length: keep (packed like all, cut where a sequence ends), split (their pieces "
+        "of sequence_length fill sequences of their own, the rest is packed), drop (left out).",
+    )
+    corpus: PathText | None = Field(
+        default=None,
+        description="What path is prepared from, as --source of scripts/prepare_data.py names it. Only for the message where path "
+        "is missing.",
+    )
+    tokenizer: PathText | None = Field(
+        default=None,
+        description="What path is prepared with, as --tokenizer of scripts/prepare_data.py names it; null: one of model.vocab_size "
+        "tokens is trained. Only for the message where path is missing.",
+    )
+
+    @property
+    def folders(self) -> dict[str, float]:
+        """The prepared folders and their weights."""
+        return self.sources if self.sources is not None else {self.path or "": 1.0}
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.path is None and not self.sources:
+            yield Conflict("path", "no data: set path to a folder of prepared data, or sources to several with weights")
+        if self.path is not None and self.sources is not None:
+            yield Conflict("sources", "path is set too: keep one of them (null unsets a key)")
 
 
 class TrainingSection(Section):
@@ -186,6 +147,18 @@ class TrainingSection(Section):
         "only: attention runs again).",
     )
 
+    max_skipped: Int = Field(
+        default=20,
+        ge=1,
+        description="Steps in a row without an update, because a loss or gradient was not finite, after which training stops and "
+        "names the last good checkpoint.",
+    )
+    fused: Literal["auto", "none"] | Annotated[tuple[FusedLayer, ...], Field(strict=False)] = Field(
+        default="auto",
+        description="Layers that run as one Triton kernel each: auto (all on GPUs, none on CPUs), none (plain PyTorch), or a "
+        "list of norm (with the addition before it), rotary, mlp (the gated product), loss (output layer and cross entropy).",
+    )
+
     def conflicts(self) -> Iterator[Conflict]:
         if self.batch_size % self.micro_batch_size:
             yield Conflict(
@@ -201,8 +174,9 @@ class AttentionSection(Section):
         default=KernelName.AUTO,
         strict=False,
         description="Attention kernel: auto (the fastest that can do the task), or one by name, which never falls back: "
-        "triton (CUDA GPUs), reference (plain PyTorch, memory grows with the square of the sequence), "
-        "memory_efficient (plain PyTorch in tiles).",
+        "triton (CUDA GPUs), cudnn and flash (cuDNN's, which takes no packed documents, and FlashAttention-2, as PyTorch brings "
+        "them: no ring, and gradients that differ from run to run in the last bits), reference (plain PyTorch, memory "
+        "grows with the square of the sequence), memory_efficient (plain PyTorch in tiles).",
     )
 
 
@@ -212,13 +186,24 @@ class ParallelSection(Section):
     dp: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="Data-parallel groups of ranks; auto: all ranks divided by cp."
     )
-    cp: Int = Field(default=1, ge=1, description="Ranks of the ring that shares each sequence (context parallelism).")
+    cp: Int = Field(default=1, ge=1, description="Ranks that share each sequence (context parallelism).")
+    ulysses: Int = Field(
+        default=1,
+        ge=1,
+        description="How many of the cp ranks share attention heads in the place of positions, a divisor of cp: 1 (all are one "
+        "ring) to cp (no ring). Query heads must split over them; key-value heads must too, or each goes to several.",
+    )
     layout: Layout = Field(
         default=Layout.ZIGZAG,
         strict=False,
         description="Which positions of a sequence each ring rank holds: contiguous (one run each), zigzag (an early and "
-        "a late run each, balances causal attention), striped (every cp-th position).",
+        "a late run each, balances causal attention), striped (every cp-th position). With ulysses, the ranks that share heads "
+        "hold equal runs of what one rank of a ring of cp / ulysses would.",
     )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.cp % self.ulysses:
+            yield Conflict("ulysses", f"{self.ulysses} does not divide cp {self.cp}; change one of them")
 
 
 class OptimizerSection(Section):
@@ -279,11 +264,22 @@ class ZeroSection(Section):
             yield Conflict("offload", "offload cpu needs zero.stage 1, 2 or 3; stage 0 keeps optimizer state on the device")
 
 
+class SaveFailure(StrEnum):
+    GO_ON = "go_on"
+    STOP = "stop"
+
+
 class CheckpointSection(Section):
     """When the state of the run is saved."""
 
     every: Int = Field(default=500, ge=1, description="Steps between two checkpoints; the last step is always saved.")
     keep: Int = Field(default=3, ge=1, description="Number of newest checkpoints to keep.")
+    on_failure: SaveFailure = Field(
+        default=SaveFailure.GO_ON,
+        strict=False,
+        description="After a checkpoint that could not be written, as on a full disk: go_on (say so, and try again when the next "
+        "one is due), stop. Earlier ones are not touched; the last one of a run must succeed.",
+    )
 
 
 class EvaluationSection(Section):
@@ -293,10 +289,27 @@ class EvaluationSection(Section):
     sequences: Int = Field(default=8, ge=1, description="Held-out sequences of one evaluation.")
 
 
+class Wandb(StrEnum):
+    DISABLED = "disabled"
+    OFFLINE = "offline"
+    ONLINE = "online"
+
+
 class TrackingSection(Section):
-    """Metrics of the run."""
+    """Metrics of the run. They are always in metrics.jsonl in the run's folder; project, entity, group and tags are wandb's."""
 
     every: Int = Field(default=1, ge=1, description="Steps between two reports.")
+    tensorboard: bool = Field(default=False, description="Whether to write event files for tensorboard, in the run's folder.")
+    wandb: Wandb = Field(
+        default=Wandb.DISABLED,
+        strict=False,
+        description="Whether wandb gets the reports: disabled, offline (in the run's folder, to be uploaded with wandb sync), "
+        "online (offline where its server cannot be reached).",
+    )
+    project: Label = Field(default="longtrain", description="Project of the run in wandb.")
+    entity: Label | None = Field(default=None, description="User or team of the run in wandb; null: that of the login.")
+    group: Label | None = Field(default=None, description="Group of runs in wandb that this one belongs to.")
+    tags: Annotated[tuple[Label, ...], Field(strict=False)] = Field(default=(), description="Tags of the run in wandb.")
 
 
 class Recipe(Section):

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from longtrain.attention import AttentionMask, Band
 from longtrain.attention.reference import ReferenceKernel
+from longtrain.kernels.layers import Layers, choose_layers
 from longtrain.kernels.local import LocalAttend
 from longtrain.models import Decoder, ModelConfig, initialise
+from longtrain.models.rope import Yarn
 
+PLAIN = choose_layers()
 SMALL = ModelConfig(
     family="llama",
     vocab_size=97,
@@ -40,8 +43,10 @@ def small() -> ModelConfig:
         {"kv_heads": 1, "head_dim": 16, "rope_theta": 500000.0, "norm_eps": 1e-6},
         {"window": 5},
         {"heads": 3, "kv_heads": 1, "head_dim": 4},
+        {"family": "qwen2", "rope_scaling": Yarn(4.0, 16)},
+        {"family": "opt", "kv_heads": 4, "tied_embeddings": True},
     ],
-    ids=["gqa", "tied", "wide-heads", "window", "odd-heads"],
+    ids=["gqa", "tied", "wide-heads", "window", "odd-heads", "qwen2-yarn", "opt"],
 )
 def config(request: pytest.FixtureRequest) -> ModelConfig:
     return replace(SMALL, **request.param)
@@ -49,8 +54,8 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 @pytest.fixture
 def build() -> Callable[..., Decoder]:
-    def _build(config: ModelConfig, activations: str = "none", attend: object = None) -> Decoder:
-        model = Decoder(config, attend or LocalAttend(ReferenceKernel()), activations)  # type: ignore[arg-type]
+    def _build(config: ModelConfig, activations: str = "none", attend: object = None, layers: Layers = PLAIN) -> Decoder:
+        model = Decoder(config, attend or LocalAttend(ReferenceKernel()), activations, layers)  # type: ignore[arg-type]
         initialise(model, seed=1)
         return model
 

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from longtrain.attention import AttentionMask, Band, Block, Grads, Keep, Partial
 from longtrain.attention.reference import ReferenceKernel
+from longtrain.kernels.language import interprets
+from longtrain.kernels.layers import choose_layers
 from longtrain.kernels.local import LocalAttend
 from longtrain.models import Activations, Decoder, ModelConfig, held_bytes
 from longtrain.models.activations import KeptProduct
@@ -150,6 +152,46 @@ def test_bytes_held_by_a_block(
     batch = plain_batch(config, length=33)
     two, four = (bytes_held(replace(config, layers=layers), build, batch, mode, dtype) for layers in (2, 4))
     assert (four - two) / 2 == held_bytes(config, mode, batch[0].numel(), dtype.itemsize)
+
+
+def bytes_saved(model: Decoder, batch: tuple) -> int:
+    """Of all tensors that autograd holds after a forward, but for parameters. What Triton's interpreter leaves is not counted."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(*batch)
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.skipif(not interprets(), reason="kernels run on CPUs in Triton's interpreter only")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [("norm",), ("mlp",), ("norm", "rotary", "mlp")])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_bytes_held_by_a_fused_block(
+    small: ModelConfig, build: Callable, plain_batch: Callable, family: str, fused: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    if family == "opt" and "norm" not in fused and dtype is torch.bfloat16:
+        pytest.skip("on CPUs, plain LayerNorm keeps its statistics in bf16")
+    config = replace(small, tied_embeddings=True, family=family)
+    batch = plain_batch(config, length=9)
+    attend, layers = LocalAttend(ContiguousKernel()), choose_layers(fused)
+    two, four = (bytes_saved(build(replace(config, layers=n), "none", attend, layers).to(dtype), batch) for n in (2, 4))
+    assert (four - two) / 2 == held_bytes(config, Activations.NONE, batch[0].numel(), dtype.itemsize, fused)
+
+
+def test_bytes_held_by_a_block_of_opt(small: ModelConfig, build: Callable, plain_batch: Callable) -> None:
+    config = replace(small, tied_embeddings=True, family="opt")
+    batch = plain_batch(config)
+    for mode in MODES:
+        two, four = (bytes_held(replace(config, layers=layers), build, batch, mode, torch.float32) for layers in (2, 4))
+        assert (four - two) / 2 == held_bytes(config, mode, batch[0].numel(), 4)
 
 
 def test_modes_are_ordered_by_what_they_hold(small: ModelConfig) -> None:

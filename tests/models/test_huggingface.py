@@ -30,7 +30,8 @@ def test_logits_and_gradients_equal_transformers(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
     )
     assert not any(report.values()), report
-    assert type(theirs).__name__ == ("MistralForCausalLM" if config.window or config.heads == 3 else "LlamaForCausalLM")
+    llama = "MistralForCausalLM" if config.window or config.heads == 3 else "LlamaForCausalLM"
+    assert type(theirs).__name__ == {"llama": llama, "qwen2": "Qwen2ForCausalLM", "opt": "OPTForCausalLM"}[config.family]
     tokens, positions, mask, labels = plain_batch(config)
     logits = theirs(tokens).logits
     torch.testing.assert_close(model(tokens, positions, mask), logits, atol=1e-5, rtol=1e-5)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from tokenizers import Tokenizer as Tokenize
+from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from longtrain.data.tokenizer import Tokenizer, train_tokenizer
@@ -124,3 +126,29 @@ def _train(**options: object) -> bytes:
         sentence_iterator=iter(lines), model_writer=model, **(defaults | options)
     )
     return model.getvalue()
+
+
+def test_a_tokenizer_json_is_exported_as_it_is(tmp_path: Path, small: ModelConfig) -> None:
+    tokenizer = Tokenize(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    model = Decoder(small, attend=None)  # type: ignore[arg-type]
+
+    def write(name: str, bos: int | None, eos: int) -> None:
+        named = model.named_parameters()
+        path = tmp_path / "tokenizer.json"
+        write_folder(tmp_path / name, small, named, tokenizer_model=path, bos=bos, eos=eos, dtype=torch.float32)
+
+    write("out", 3, 4)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (3, 4)
+    assert loaded("abba", add_special_tokens=False).input_ids == [2, 1, 0]
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    write("no-bos", None, 4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "no-bos").bos_token is None
+    with pytest.raises(DataError, match=r"tokenizer.json: has no token 9"):
+        write("bad", 3, 9)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=r"tokenizer.json: cannot be read"):
+        write("bad", 3, 4)
+    assert not (tmp_path / "bad").exists()

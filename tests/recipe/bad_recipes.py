@@ -69,14 +69,14 @@ UNKNOWN_KEYS = [
 MISSING_KEYS = [
     ("  steps: 100\n", "", "13: training.steps: required key is missing; add 'steps: <a whole number>' under 'training'"),
     ("  lr: 1e-3\n", "", "20: optimizer.lr: required key is missing; add 'lr: <a number>' under 'optimizer'"),
-    ("data:\n  path: data/tiny\n", "", "1: data: required section is missing; it needs at least data.path"),
+    ("data:\n  path: data/tiny\n", "", "1: data: required section is missing; it needs at least data.path or data.sources"),
     ("name: tiny\n", "", "1: name: required key is missing; add 'name: <text>' at the top level"),
     (
         "  precision: fp32\n",
         "",
         "13: training.precision: required key is missing; add 'precision: <one of fp32, bf16, fp16>' under 'training'",
     ),
-    ("  family: llama\n", "", "3: model.family: required key is missing; add 'family: <one of llama>' under 'model'"),
+    ("  family: llama\n", "", "3: model.family: required key is missing; add 'family', or a preset or init that has it"),
 ]
 WRONG_TYPES = [
     ("steps: 100", "steps: fast", "15: training.steps: expected a whole number, found the text 'fast'"),
@@ -141,8 +141,23 @@ WRONG_TYPES = [
         "kind: cosin",
         "24: schedule.kind: expected one of cosine, linear, wsd, constant, found the text 'cosin'; did you mean 'cosine'?",
     ),
-    ("family: llama", "family: lama", "4: model.family: expected one of llama, found the text 'lama'; did you mean 'llama'?"),
+    (
+        "family: llama",
+        "family: lama",
+        "4: model.family: expected one of llama, qwen2, opt or null, found the text 'lama'; did you mean 'llama'?",
+    ),
     ("stage: 1", "stage: 1\n  offload: gpu", "28: zero.offload: expected one of none, cpu, found the text 'gpu'"),
+    (
+        "stage: 1",
+        "stage: 1\ntracking: {wandb: off}",
+        "28: tracking.wandb: expected one of disabled, offline, online, found the text 'off'",
+    ),
+    (
+        "stage: 1",
+        "stage: 1\ntracking:\n  project: a/b",
+        "29: tracking.project: use 1 to 64 visible characters, none of / \\ # ? % :; found the text 'a/b'",
+    ),
+    ("stage: 1", "stage: 1\ntracking: {tags: one}", "28: tracking.tags: expected a list of text, found the text 'one'"),
     ("stage: 1", "stage: '1'", "27: zero.stage: expected a whole number, found the text '1'; remove the quotes"),
     ("betas: [0.9, 0.95]", "betas: 0.9", "22: optimizer.betas: expected a list of 2 numbers, found the number 0.9"),
     ("betas: [0.9, 0.95]", "betas: [0.9]", "22: optimizer.betas: expected a list of 2 numbers, found a list of length 1"),
@@ -242,6 +257,61 @@ CONFLICTS = [
         "16: training.batch_size: 8 is not a multiple of parallel.dp * micro_batch_size = 3 * 2; change one of them",
     ),
 ]
+MODELS = [
+    (
+        "  family: llama",
+        "  preset: lama-7b",
+        "4: model.preset: the presets are llama-7b, llama-13b, llama-2-7b, llama-3-8b, "
+        "llama-3.2-1b, tinyllama-1.1b, mistral-7b, qwen2-7b, opt-125m, opt-1.3b, opt-2.7b, opt-6.7b; found the text 'lama-7b'",
+    ),
+    (
+        "  family: llama",
+        "  family: opt\n  preset: llama-7b",
+        "4: model.family: preset llama-7b is of family llama, not opt; delete one of them",
+    ),
+    ("family: llama", "family: opt", "9: model.kv_heads: family opt has as many key/value heads as heads; delete it"),
+    (
+        "family: llama",
+        "family: llama\n  positions: {extend: random}",
+        "5: model.positions.extend: family llama has rotary positions; use rope_scaling or rope_theta",
+    ),
+    (
+        "layers: 2",
+        "layers: 2\n  rope_scaling: {kind: yarn, factor: 4}",
+        "8: model.rope_scaling.original_length: kind yarn needs original_length; add it",
+    ),
+    (
+        "layers: 2",
+        "layers: 2\n  rope_scaling: {factor: 4}",
+        "8: model.rope_scaling.factor: kind none has no factor; delete it, or change kind",
+    ),
+    (
+        "layers: 2",
+        "layers: 2\n  rope_scaling:\n    kind: linear\n    factor: 4\n    beta_fast: 1",
+        "11: model.rope_scaling.beta_fast: kind linear has no beta_fast; delete it, or change kind",
+    ),
+    (
+        "layers: 2",
+        "layers: 2\n  rope_scaling: {kind: linear, factor: 0.5}",
+        "8: model.rope_scaling.factor: must be at least 1, found the number 0.5",
+    ),
+    (
+        "layers: 2",
+        "layers: 2\n  rope_scaling: {kind: yarm, factor: 4}",
+        "8: model.rope_scaling.kind: expected one of none, linear, dynamic, yarn, llama3, longrope, "
+        "found the text 'yarm'; did you mean 'yarn'?",
+    ),
+    (
+        "layers: 2",
+        "layers: 2\n  rope_scaling: {kind: longrope, factor: 4, original_length: 8, short_factor: 3, long_factor: [1]}",
+        "8: model.rope_scaling.short_factor: expected a list of numbers or null, found the whole number 3",
+    ),
+    (
+        "activations: none",
+        "activations: none\n  fused: all",
+        "20: training.fused: expected 'auto' or 'none' or a list of 'norm' or 'rotary' or 'mlp' or 'loss', found the text 'all'",
+    ),
+]
 YAML_TRAPS = [
     ("steps: 100", "steps: 100\n  steps: 200", "16: training.steps: key given twice, first on line 15; delete one"),
     ("seed: 3", "seed: 3\nname: again", "3: name: key given twice, first on line 1; delete one"),
@@ -297,4 +367,4 @@ YAML_TRAPS = [
     ("  steps: 100", "steps: 100", "16: not valid YAML: unexpected ':'; check the indentation, or put the value in quotes"),
 ]
 
-BAD_RECIPES = [*UNKNOWN_KEYS, *MISSING_KEYS, *WRONG_TYPES, *OUT_OF_RANGE, *CONFLICTS, *YAML_TRAPS]
+BAD_RECIPES = [*MODELS, *UNKNOWN_KEYS, *MISSING_KEYS, *WRONG_TYPES, *OUT_OF_RANGE, *CONFLICTS, *YAML_TRAPS]

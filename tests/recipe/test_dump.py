@@ -8,6 +8,16 @@ from hypothesis import strategies as st
 
 from longtrain.recipe.explain import FIELDS
 from longtrain.recipe.load import dump_recipe, load_recipe, recipe_hash
+from longtrain.recipe.model import (
+    ROPE_NUMBERS,
+    Extend,
+    Family,
+    ModelSection,
+    PositionsSection,
+    RopeKind,
+    RopeScalingSection,
+)
+from longtrain.recipe.presets import PRESETS
 from longtrain.recipe.schema import (
     Activations,
     AttentionSection,
@@ -15,19 +25,19 @@ from longtrain.recipe.schema import (
     DataSection,
     Device,
     EvaluationSection,
-    Family,
     KernelName,
     Layout,
-    ModelSection,
     Offload,
     OptimizerSection,
     ParallelSection,
     Precision,
     Recipe,
+    SaveFailure,
     ScheduleKind,
     ScheduleSection,
     TrackingSection,
     TrainingSection,
+    Wandb,
     ZeroSection,
 )
 from tests.recipe.bad_recipes import BASE
@@ -56,13 +66,57 @@ TRAPS = [
     "-",
 ]
 paths = st.sampled_from(TRAPS) | st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and text.isprintable())
+labels = paths.filter(lambda text: not set(text) & set("/\\#?%:"))
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 counts = st.integers(1, 2**40)
+factors = st.lists(positive, min_size=1, max_size=4).map(tuple)
+
+
+@st.composite
+def scalings(draw: st.DrawFn) -> RopeScalingSection:
+    kind = draw(st.sampled_from(RopeKind))
+    needed, optional = ROPE_NUMBERS[kind]
+    chosen = needed | {
+        name for name in optional - {"mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"} if draw(st.booleans())
+    }
+    values = {"original_length": counts, "factor": st.floats(1, 1e6)} | dict.fromkeys(("short_factor", "long_factor"), factors)
+    return RopeScalingSection(kind=kind, **{name: draw(values.get(name, positive)) for name in chosen})
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelSection:
+    heads, kv_factor = (draw(st.integers(1, 64)) for _ in range(2))
+    family = draw(st.sampled_from(Family))
+    shared = {
+        "init": draw(st.none() | paths),
+        "family": family,
+        "vocab_size": draw(st.integers(2, 2**20)),
+        "hidden_size": heads * kv_factor * 2,
+        "layers": draw(counts),
+        "heads": heads * kv_factor,
+        "intermediate_size": draw(counts),
+        "max_positions": draw(st.none() | counts),
+        "tied_embeddings": draw(st.booleans()),
+        "init_std": draw(positive),
+    }
+    if family is Family.OPT:
+        return ModelSection(**shared, positions=PositionsSection(extend=draw(st.sampled_from(Extend))))
+    preset = draw(st.none() | st.sampled_from([name for name, fields in PRESETS.items() if fields["family"] == family]))
+    return ModelSection(
+        **shared,
+        preset=preset,
+        kv_heads=draw(st.none() | st.just(heads)),
+        head_dim=draw(st.none() | st.just(64)),
+        rope_theta=draw(positive),
+        norm_eps=draw(positive),
+        window=draw(st.none() | counts),
+        rope_scaling=draw(scalings()),
+    )
 
 
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
-    heads, kv_factor, micro, accumulation, dp = (draw(st.integers(1, 64)) for _ in range(5))
+    micro, accumulation, dp = (draw(st.integers(1, 64)) for _ in range(3))
     kind = draw(st.sampled_from(ScheduleKind))
     warmup, decay, more = draw(st.integers(0, 1000)), draw(st.integers(1, 1000)), draw(st.integers(0, 1000))
     precision = draw(st.sampled_from(Precision))
@@ -73,21 +127,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         seed=draw(st.integers(0, 2**63 - 1)),
         device=draw(st.sampled_from([Device.AUTO, Device.CUDA])),
         output=draw(st.none() | paths),
-        model=ModelSection(
-            family=draw(st.sampled_from(Family)),
-            vocab_size=draw(st.integers(2, 2**20)),
-            hidden_size=heads * kv_factor * 2,
-            layers=draw(counts),
-            heads=heads * kv_factor,
-            kv_heads=draw(st.none() | st.just(heads)),
-            head_dim=draw(st.none() | st.just(64)),
-            intermediate_size=draw(counts),
-            rope_theta=draw(positive),
-            norm_eps=draw(positive),
-            tied_embeddings=draw(st.booleans()),
-            window=draw(st.none() | counts),
-            init_std=draw(positive),
-        ),
+        model=draw(models()),
         data=DataSection(path=draw(paths)),
         training=TrainingSection(
             sequence_length=draw(st.integers(2, 2**30)),
@@ -96,6 +136,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
             micro_batch_size=micro,
             precision=precision,
             activations=draw(st.sampled_from(Activations)),
+            max_skipped=draw(counts),
+            fused=draw(st.sampled_from(["auto", "none", (), ("norm", "loss")])),
         ),
         attention=AttentionSection(kernel=draw(st.sampled_from(KernelName))),
         parallel=ParallelSection(dp=draw(st.sampled_from(["auto", dp])), cp=draw(counts), layout=draw(st.sampled_from(Layout))),
@@ -113,9 +155,17 @@ def recipes(draw: st.DrawFn) -> Recipe:
             final_ratio=draw(st.floats(0, 1)),
         ),
         zero=ZeroSection(stage=draw(st.integers(1, 3)), offload=draw(st.sampled_from(Offload))),
-        checkpoint=CheckpointSection(every=draw(counts), keep=draw(counts)),
+        checkpoint=CheckpointSection(every=draw(counts), keep=draw(counts), on_failure=draw(st.sampled_from(SaveFailure))),
         evaluation=EvaluationSection(every=draw(st.none() | counts), sequences=draw(counts)),
-        tracking=TrackingSection(every=draw(counts)),
+        tracking=TrackingSection(
+            every=draw(counts),
+            tensorboard=draw(st.booleans()),
+            wandb=draw(st.sampled_from(Wandb)),
+            project=draw(labels),
+            entity=draw(st.none() | labels),
+            group=draw(st.none() | labels),
+            tags=tuple(draw(st.lists(labels, max_size=3))),
+        ),
     )
 
 

@@ -6,8 +6,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from longtrain.recipe import schema
-from longtrain.recipe.schema import Layout, ModelSection, OptimizerSection, Recipe, Section
+from longtrain.recipe import model, schema
+from longtrain.recipe.model import ROPE_NUMBERS, ModelSection, RopeKind
+from longtrain.recipe.schema import Layout, OptimizerSection, Recipe
+from longtrain.recipe.section import Section
 
 MODEL = {"family": "llama", "vocab_size": 64, "hidden_size": 32, "layers": 2, "heads": 4, "intermediate_size": 48}
 TRAINING = {"sequence_length": 64, "steps": 100, "batch_size": 8, "precision": "fp32", "activations": "none"}
@@ -16,17 +18,47 @@ DEFAULTS = {
     "seed": 0,
     "device": "auto",
     "output": None,
+    "model.preset": None,
+    "model.init": None,
+    "model.family": None,
+    "model.vocab_size": None,
+    "model.hidden_size": None,
+    "model.layers": None,
+    "model.heads": None,
     "model.kv_heads": None,
     "model.head_dim": None,
+    "model.intermediate_size": None,
+    "model.max_positions": None,
     "model.rope_theta": 10000.0,
     "model.norm_eps": 1e-5,
     "model.tied_embeddings": False,
     "model.window": None,
     "model.init_std": 0.02,
+    "model.positions.extend": "refuse",
+    "model.rope_scaling.kind": "none",
+    "model.rope_scaling.factor": None,
+    "model.rope_scaling.original_length": None,
+    "model.rope_scaling.low_freq_factor": None,
+    "model.rope_scaling.high_freq_factor": None,
+    "model.rope_scaling.beta_fast": None,
+    "model.rope_scaling.beta_slow": None,
+    "model.rope_scaling.attention_factor": None,
+    "model.rope_scaling.mscale": None,
+    "model.rope_scaling.mscale_all_dim": None,
+    "model.rope_scaling.short_factor": None,
+    "model.rope_scaling.long_factor": None,
+    "data.path": None,
+    "data.sources": None,
+    "data.long_documents": "keep",
+    "data.corpus": None,
+    "data.tokenizer": None,
     "training.micro_batch_size": 1,
+    "training.max_skipped": 20,
+    "training.fused": "auto",
     "attention.kernel": "auto",
     "parallel.dp": "auto",
     "parallel.cp": 1,
+    "parallel.ulysses": 1,
     "parallel.layout": "zigzag",
     "optimizer.betas": [0.9, 0.95],
     "optimizer.eps": 1e-8,
@@ -40,9 +72,16 @@ DEFAULTS = {
     "zero.offload": "none",
     "checkpoint.every": 500,
     "checkpoint.keep": 3,
+    "checkpoint.on_failure": "go_on",
     "evaluation.every": None,
     "evaluation.sequences": 8,
     "tracking.every": 1,
+    "tracking.tensorboard": False,
+    "tracking.wandb": "disabled",
+    "tracking.project": "longtrain",
+    "tracking.entity": None,
+    "tracking.group": None,
+    "tracking.tags": [],
 }
 
 
@@ -62,7 +101,10 @@ def build(**changes: Any) -> Recipe:
     values: dict[str, Any] = {key: dict(value) if isinstance(value, dict) else value for key, value in REQUIRED.items()}
     for path, value in changes.items():
         section, _, name = path.rpartition("__")
-        (values.setdefault(section, {}) if section else values)[name] = value
+        target = values
+        for part in section.split("__") if section else ():
+            target = target.setdefault(part, {})
+        target[name] = value
     return Recipe.model_validate(values)
 
 
@@ -90,11 +132,12 @@ CHOICES = {
     path: info.annotation
     for path, info in LEAVES.items()
     if isinstance(info.annotation, type) and issubclass(info.annotation, StrEnum)
-}
+} | {"model.family": model.Family}
 
 
 def test_every_enum_of_the_schema_is_a_choice_of_a_field() -> None:
-    enums = {value for value in vars(schema).values() if isinstance(value, type) and issubclass(value, StrEnum)}
+    named = (*vars(schema).values(), *vars(model).values())
+    enums = {value for value in named if isinstance(value, type) and issubclass(value, StrEnum)}
     assert set(CHOICES.values()) == enums - {StrEnum}
 
 
@@ -102,14 +145,27 @@ def test_every_enum_of_the_schema_is_a_choice_of_a_field() -> None:
 def test_every_choice_is_explained_and_accepted_as_text(path: str, member: StrEnum) -> None:
     assert member.value in (LEAVES[path].description or "")
     extra = {"schedule__decay_steps": 5} if member.value == "wsd" else {}
+    if path == "model.rope_scaling.kind":
+        extra = {f"model__rope_scaling__{name}": number_of(name) for name in ROPE_NUMBERS[RopeKind(member)][0]}
+    if path == "model.positions.extend":
+        extra = {"model__family": "opt"}
     assert resolved(build(**{path.replace(".", "__"): member.value}, **extra), path) == member.value
+
+
+def number_of(name: str) -> Any:
+    """A value that every kind of scaling takes."""
+    return [2.0, 3.0] if name in ("short_factor", "long_factor") else 4
 
 
 def test_defaults_are_those_of_the_reference() -> None:
     assert {path for path, info in LEAVES.items() if not info.is_required()} == set(DEFAULTS)
     recipe = build()
     for path, value in DEFAULTS.items():
-        assert resolved(recipe, path) == value, path
+        if path.removeprefix("model.") not in MODEL and path != "data.path":
+            assert resolved(recipe, path) == value, path
+    bare = build(model={"init": "weights"})
+    assert bare.model.model_dump(mode="json") == ModelSection(init="weights").model_dump(mode="json")
+    assert bare.model.missing == ("family", "vocab_size", "hidden_size", "layers", "heads", "intermediate_size")
 
 
 @pytest.mark.parametrize("path", [path for path, info in FIELDS.items() if info.is_required()])
@@ -134,14 +190,15 @@ def kinds(info: FieldInfo) -> set[type]:
 
 
 WHOLE = [path for path, info in LEAVES.items() if int in kinds(info)]
-REAL = [path for path, info in LEAVES.items() if float in kinds(info) and tuple not in kinds(info) and path != "optimizer.betas"]
-TEXT = [path for path, info in LEAVES.items() if str in kinds(info)]
+LISTS = ["optimizer.betas", "data.sources", "model.rope_scaling.short_factor", "model.rope_scaling.long_factor"]
+REAL = [path for path, info in LEAVES.items() if float in kinds(info) and path not in LISTS]
+TEXT = [path for path, info in LEAVES.items() if str in kinds(info) and path != "tracking.tags"]
 
 
 def test_the_mechanical_lists_cover_the_schema() -> None:
     assert len(WHOLE) >= 18
     assert set(REAL) >= {"optimizer.lr", "optimizer.eps", "optimizer.grad_clip", "model.rope_theta", "schedule.final_ratio"}
-    assert set(TEXT) == {"name", "output", "data.path"}
+    assert set(TEXT) >= {"name", "output", "data.path", "model.init", "model.preset"}
 
 
 @pytest.mark.parametrize("path", WHOLE)
@@ -160,7 +217,19 @@ def test_numbers_are_strict_and_finite(path: str, value: Any) -> None:
 
 @pytest.mark.parametrize("path", REAL)
 def test_whole_numbers_serve_as_numbers(path: str) -> None:
-    value = resolved(set_leaf(path, 1), path)
+    *_, section, name = path.split(".")
+    kind = (
+        next((kind for kind, (needed, more) in ROPE_NUMBERS.items() if name in needed | more), None)
+        if section == "rope_scaling"
+        else None
+    )
+    extra = {"model__rope_scaling__kind": kind.value} if kind else {}
+    if kind:
+        if name == "high_freq_factor":
+            extra["model__rope_scaling__low_freq_factor"] = 0.5
+        others = {"mscale", "mscale_all_dim"} if "mscale" in name else set()
+        extra |= {f"model__rope_scaling__{needed}": number_of(needed) for needed in ROPE_NUMBERS[kind][0] | others}
+    value = resolved(build(**extra | {path.replace(".", "__"): 1}), path)
     assert value == 1.0
     assert type(value) is float
 

@@ -1,0 +1,282 @@
+"""A decoder's configuration as Hugging Face's config.json, written and read. What is not implemented is refused by its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longtrain.errors import CheckpointError, PlanError
+from longtrain.models.config import ModelConfig
+from longtrain.models.rope import LENGTH, SCALINGS, Dynamic, RopeScaling, make_scaling, to_hugging_face
+
+CONFIG = "config.json"
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None) -> dict[str, object]:
+    """The contents of config.json, for transformers 5 and for earlier versions. bos, eos: token ids."""
+    name = str(dtype).removeprefix("torch.")
+    shared = {"bos_token_id": bos, "eos_token_id": eos, "use_cache": True, "dtype": name, "torch_dtype": name}
+    return _WRITERS[config.family](config) | shared
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """What the config.json of a Hugging Face folder describes.
+
+    max_positions is its max_position_embeddings, and scalings that depend on the length are for that length.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or of a model that is not implemented, with the field to blame.
+    """
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: {_not_a_model(folder)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {getattr(error, 'strerror', None) or error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, so it is damaged or foreign")
+    kind = str(content.get("model_type"))
+    if kind not in _READERS:
+        raise CheckpointError(f"{path}: model_type {kind!r} is not implemented; there are: {', '.join(_READERS)}")
+    try:
+        return _READERS[kind](_Fields(path, content))
+    except PlanError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _not_a_model(folder: Path) -> str:
+    if not folder.is_dir():
+        return "no such folder; model.init is the path of a Hugging Face folder, relative to the current directory"
+    if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
+        return (
+            "is a run of longtrain, not a Hugging Face folder; write one with `longtrain export RUN --out FOLDER --dtype fp32` "
+            "and name that (a complete run also has one: huggingface/)"
+        )
+    return f"holds no {CONFIG}, so it is not a Hugging Face folder"
+
+
+def _llama(config: ModelConfig) -> dict[str, object]:
+    """LLaMA, or Mistral where transformers' LLaMA has no equal: a sliding window (which counts the query there too), or heads
+    that do not divide hidden_size."""
+    if config.window is not None or config.hidden_size % config.heads != 0:
+        kind = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+        return kind | _rotary_model(config) | {"sliding_window": config.window}
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    return kind | _rotary_model(config) | {"attention_bias": False, "mlp_bias": False}
+
+
+def _qwen2(config: ModelConfig) -> dict[str, object]:
+    window = {"use_sliding_window": config.window is not None, "sliding_window": config.window, "max_window_layers": 0}
+    return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"} | _rotary_model(config) | window
+
+
+def _rotary_model(config: ModelConfig) -> dict[str, object]:
+    scaling, theta = config.rope_scaling, {"rope_theta": config.rope_theta}
+    known = config.max_positions
+    if isinstance(scaling, Dynamic):
+        known = scaling.original_length
+    scaled = {"rope_type": "default"} if scaling is None else to_hugging_face(scaling)
+    # transformers 5 reads rope_parameters, earlier ones rope_theta and rope_scaling, with the kind as rope_type or type
+    old = {} if scaling is None else {"rope_scaling": scaled | theta | {"type": scaled["rope_type"]}}
+    return {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": known,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": scaled | theta,
+        **theta,
+        **old,
+        "tie_word_embeddings": config.tied_embeddings,
+        "attention_dropout": 0.0,
+    }
+
+
+def _opt(config: ModelConfig) -> dict[str, object]:
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "word_embed_proj_dim": config.hidden_size,
+        "ffn_dim": config.intermediate_size,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": config.max_positions,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "init_std": config.init_std,
+        "tie_word_embeddings": config.tied_embeddings,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "layerdrop": 0.0,
+        # transformers sets the embedding of this id to 0 in what it initialises itself; ours has no such id
+        "pad_token_id": None,
+    }
+
+
+_WRITERS: Mapping[str, Callable[[ModelConfig], dict[str, object]]] = {"llama": _llama, "qwen2": _qwen2, "opt": _opt}
+
+
+class _Fields:
+    """config.json with suspicion: every value has the type that is asked for, or its name is refused."""
+
+    def __init__(self, path: Path, content: Mapping[str, Any]) -> None:
+        self.path, self.content = path, content
+        if content.get("quantization_config") is not None:
+            raise self.refusal("quantization_config", "quantized weights cannot be trained; name a folder that holds them whole")
+
+    def refusal(self, name: str, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {name}: {message}")
+
+    def count(self, name: str, default: int | None = None) -> int:
+        value = self.content.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.refusal(name, f"expected a whole number, found {value!r}")
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        value = self.content.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise self.refusal(name, f"expected a number, found {value!r}")
+        return float(value)
+
+    def numbers(self, name: str) -> float | tuple[float, ...] | None:
+        """A number, or a list of them, or nothing."""
+        value = self.content[name]
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and (not isinstance(number, int | float) or isinstance(number, bool)):
+                raise self.refusal(name, f"expected a number, found {number!r}")
+        return tuple(value) if isinstance(value, list) else value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.content.get(name, default)
+        if not isinstance(value, bool):
+            raise self.refusal(name, f"expected true or false, found {value!r}")
+        return value
+
+    def must_be(self, name: str, wanted: object, default: object) -> None:
+        value = self.content.get(name, default)
+        if value != wanted:
+            raise self.refusal(name, f"{value!r} is not implemented, only {wanted!r}")
+
+    def window(self, value: int | None) -> int | None:
+        """`value`, unless layer_types says something else about some layer."""
+        kinds = set(self.content.get("layer_types") or ())
+        if kinds - ({"full_attention"} if value is None else {"sliding_attention"}):
+            raise self.refusal("layer_types", "layers of different kinds are not implemented")
+        return value
+
+
+def _read_llama(fields: _Fields) -> ModelConfig:
+    fields.must_be("attention_bias", False, False)
+    fields.must_be("mlp_bias", False, False)
+    return _read_rotary("llama", fields, fields.window(None))
+
+
+def _read_mistral(fields: _Fields) -> ModelConfig:
+    window = fields.content.get("sliding_window", 4096)
+    return _read_rotary("llama", fields, None if window is None else fields.count("sliding_window", 4096))
+
+
+def _read_qwen2(fields: _Fields) -> ModelConfig:
+    slides = fields.flag("use_sliding_window", False) and fields.content.get("sliding_window", 4096) is not None
+    if slides and fields.count("max_window_layers", 28) != 0:
+        raise fields.refusal("max_window_layers", "a sliding window in some layers only is not implemented; 0 is all layers")
+    return _read_rotary("qwen2", fields, fields.window(fields.count("sliding_window", 4096) if slides else None))
+
+
+def _read_rotary(family: str, fields: _Fields, window: int | None) -> ModelConfig:
+    fields.must_be("hidden_act", "silu", "silu")
+    heads, hidden, length = (fields.count(name) for name in ("num_attention_heads", "hidden_size", "max_position_embeddings"))
+    if heads < 1:
+        raise fields.refusal("num_attention_heads", f"must be at least 1, found {heads}")
+    theta, scaling = _read_rope(fields, length)
+    return ModelConfig(
+        family=family,
+        vocab_size=fields.count("vocab_size"),
+        hidden_size=hidden,
+        layers=fields.count("num_hidden_layers"),
+        heads=heads,
+        kv_heads=fields.count("num_key_value_heads", heads),
+        head_dim=fields.count("head_dim", hidden // heads),
+        intermediate_size=fields.count("intermediate_size"),
+        max_positions=length,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        tied_embeddings=fields.flag("tie_word_embeddings", False),
+        window=window,
+        init_std=fields.number("initializer_range", 0.02),
+    )
+
+
+def _read_rope(fields: _Fields, length: int) -> tuple[float, RopeScaling | None]:
+    """theta and scaling, from rope_parameters of transformers 5 or rope_theta and rope_scaling of earlier ones."""
+    where = "rope_scaling" if fields.content.get("rope_scaling") else "rope_parameters"
+    given = fields.content.get(where) or {}
+    if not isinstance(given, dict):
+        raise fields.refusal(where, f"expected an object, found {given!r}")
+    inside = _Fields(fields.path, given)
+    theta = inside.number("rope_theta", fields.number("rope_theta", 10000.0))
+    inside.must_be("partial_rotary_factor", 1.0, fields.content.get("partial_rotary_factor", 1.0))
+    inside.must_be("truncate", True, True)
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind not in SCALINGS:
+        raise fields.refusal(where, f"rope_type {kind!r} is not implemented; there are: default, {', '.join(SCALINGS)}")
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "truncate", LENGTH}
+    values: dict[str, Any] = {name: inside.numbers(name) for name in given if name not in known}
+    original = length
+    if kind in ("dynamic", "yarn", "llama3", "longrope"):
+        original = length if kind == "dynamic" else inside.count(LENGTH, fields.count(LENGTH, length))
+        values |= {"original_length": original, "factor": values.get("factor") or length / original}
+    trained = round(original * values["factor"]) if kind == "dynamic" else length
+    return theta, make_scaling(kind, trained, **values)
+
+
+def _read_opt(fields: _Fields) -> ModelConfig:
+    hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    for name, wanted in (("do_layer_norm_before", True), ("enable_bias", True), ("layer_norm_elementwise_affine", True)):
+        fields.must_be(name, wanted, True)
+    fields.must_be("_remove_final_layer_norm", False, False)
+    fields.must_be("activation_function", "relu", "relu")
+    fields.must_be("word_embed_proj_dim", hidden, hidden)
+    if heads < 1 or hidden % heads:
+        raise fields.refusal("num_attention_heads", f"{heads} heads do not divide hidden_size {hidden}")
+    return ModelConfig(
+        family="opt",
+        vocab_size=fields.count("vocab_size"),
+        hidden_size=hidden,
+        layers=fields.count("num_hidden_layers"),
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        intermediate_size=fields.count("ffn_dim"),
+        max_positions=fields.count("max_position_embeddings"),
+        tied_embeddings=fields.flag("tie_word_embeddings", True),
+        init_std=fields.number("init_std", 0.02),
+    )
+
+
+_READERS: Mapping[str, Callable[[_Fields], ModelConfig]] = {
+    "llama": _read_llama,
+    "mistral": _read_mistral,
+    "qwen2": _read_qwen2,
+    "opt": _read_opt,
+}

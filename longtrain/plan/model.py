@@ -1,0 +1,105 @@
+"""The decoder of a recipe: its shape completed from the weights that it starts from, and what cannot be trained on them refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longtrain.errors import PlanError
+from longtrain.models.config import ModelConfig
+from longtrain.models.config_json import CONFIG, read_config
+from longtrain.models.rope import kind_of, make_scaling
+from longtrain.recipe.model import Extend, ModelSection, RopeKind
+from longtrain.recipe.schema import Recipe
+
+# Fields that the weights decide. What else config.json says, a recipe may replace: that is how a context is extended.
+FIXED = (
+    "family",
+    "vocab_size",
+    "hidden_size",
+    "layers",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_positions",
+    "norm_eps",
+    "tied_embeddings",
+)
+FREE = ("rope_theta", "window", "init_std", "rope_scaling")
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with the whole shape of its decoder. Where `model.init` is a folder, what the recipe leaves open is read from its
+    config.json, and the rest compared; a recipe that leaves nothing open can be planned without the folder.
+
+    Raises:
+        PlanError: the recipe contradicts the weights, or leaves something open and the folder is not there.
+        CheckpointError: config.json is damaged or of a model that is not implemented.
+    """
+    model = recipe.model
+    if model.init is None:
+        return recipe
+    folder = Path(model.init)
+    if not folder.exists():
+        if model.missing:
+            raise PlanError(
+                f"model.init: there is no folder {folder} (relative to the current directory); put a Hugging Face folder there, or "
+                f"set model.preset or {', '.join(f'model.{name}' for name in model.missing)} to plan without it"
+            )
+        return recipe
+    stored = _section_values(read_config(folder))
+    given = {name: getattr(model, name) for name in model.model_fields_set}
+    differing = [name for name in FIXED if given.get(name) is not None and given[name] != stored[name]]
+    if differing:
+        lines = "\n".join(f"  model.{name}: {given[name]} in the recipe, {stored[name]} in {CONFIG}" for name in differing)
+        raise PlanError(f"model.init: the recipe is not that of the weights in {folder}:\n{lines}\ndelete these from the recipe")
+    values = given | {name: stored[name] for name in FIXED} | {name: stored[name] for name in FREE if name not in given}
+    completed = ModelSection(**values)
+    return recipe.model_copy(update={"model": completed})
+
+
+def _section_values(config: ModelConfig) -> dict[str, Any]:
+    """Fields of ModelSection."""
+    values: dict[str, Any] = {name: getattr(config, name) for name in (*FIXED, *FREE)}
+    scaling = config.rope_scaling
+    numbers = {} if scaling is None else {"kind": kind_of(scaling)} | {k: v for k, v in vars(scaling).items() if k != "length"}
+    return values | {"rope_scaling": numbers}
+
+
+def model_config(recipe: Recipe) -> ModelConfig:
+    """The decoder that a resolved recipe describes. Raises PlanError where it cannot be built or cannot see the sequence."""
+    model, length = recipe.model, recipe.training.sequence_length
+    if model.missing:
+        raise PlanError(f"model.{model.missing[0]} is not known; set it, or model.preset, or a model.init that is there")
+    known = model.max_positions or length
+    if model.init is not None and model.family == "opt" and length > known and model.positions.extend is Extend.REFUSE:
+        raise PlanError(
+            f"training.sequence_length: {length} tokens, but the weights of model.init have learned {known} positions; shorten "
+            "it, or set model.positions.extend to interpolate or random"
+        )
+    scaling = model.rope_scaling
+    kind = scaling.kind
+    numbers = scaling.model_dump(exclude={"kind"})
+    return ModelConfig(
+        family=str(model.family),
+        vocab_size=_known(model.vocab_size),
+        hidden_size=_known(model.hidden_size),
+        layers=_known(model.layers),
+        heads=_known(model.heads),
+        kv_heads=_known(model.key_value_heads),
+        head_dim=_known(model.dim_per_head),
+        intermediate_size=_known(model.intermediate_size),
+        max_positions=max(known, length),
+        rope_theta=model.rope_theta,
+        rope_scaling=None if kind is RopeKind.NONE else make_scaling(kind.value, length, **numbers),
+        norm_eps=model.norm_eps,
+        tied_embeddings=model.tied_embeddings,
+        window=model.window,
+        init_std=model.init_std,
+    )
+
+
+def _known(value: int | None) -> int:
+    assert value is not None, "a recipe with nothing missing has every number"
+    return value

@@ -1,0 +1,248 @@
+"""The part of a recipe that says what the decoder is and where its weights come from."""
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+
+from longtrain.recipe.presets import PRESETS
+from longtrain.recipe.section import Conflict, Int, PathText, Section
+
+
+class Family(StrEnum):
+    LLAMA = "llama"
+    QWEN2 = "qwen2"
+    OPT = "opt"
+
+
+class RopeKind(StrEnum):
+    NONE = "none"
+    LINEAR = "linear"
+    DYNAMIC = "dynamic"
+    YARN = "yarn"
+    LLAMA3 = "llama3"
+    LONGROPE = "longrope"
+
+
+class Extend(StrEnum):
+    REFUSE = "refuse"
+    INTERPOLATE = "interpolate"
+    RANDOM = "random"
+
+
+def _preset(text: str) -> str:
+    if text not in PRESETS:
+        raise ValueError(f"the presets are {', '.join(PRESETS)}")
+    return text
+
+
+Preset = Annotated[str, AfterValidator(_preset)]
+Positive = Annotated[float, Field(gt=0)]
+Factors = Annotated[tuple[Positive, ...], Field(strict=False)]
+
+
+class PositionsSection(Section):
+    """Learned positions (family opt)."""
+
+    extend: Extend = Field(
+        default=Extend.REFUSE,
+        strict=False,
+        description="What to do where a sequence is longer than the positions of `model.init`: refuse, interpolate (stretch the "
+        "learned ones over the length), random (new ones behind them).",
+    )
+
+
+ROPE_NUMBERS: dict[RopeKind, tuple[frozenset[str], frozenset[str]]] = {
+    RopeKind.NONE: (frozenset(), frozenset()),
+    RopeKind.LINEAR: (frozenset({"factor"}), frozenset()),
+    RopeKind.DYNAMIC: (frozenset({"factor", "original_length"}), frozenset()),
+    RopeKind.YARN: (
+        frozenset({"factor", "original_length"}),
+        frozenset({"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"}),
+    ),
+    RopeKind.LLAMA3: (frozenset({"factor", "original_length"}), frozenset({"low_freq_factor", "high_freq_factor"})),
+    RopeKind.LONGROPE: (
+        frozenset({"factor", "original_length", "short_factor", "long_factor"}),
+        frozenset({"attention_factor"}),
+    ),
+}
+"""The fields that each kind of scaling needs, and those that it may have."""
+
+
+class RopeScalingSection(Section):
+    """Stretching rotary positions over longer sequences."""
+
+    kind: RopeKind = Field(
+        default=RopeKind.NONE,
+        strict=False,
+        description="How: none, linear (positions divided by factor), dynamic (NTK-aware: rope_theta raised for "
+        "training.sequence_length), yarn, llama3 (as LLaMA 3.1), longrope (a factor for every pair of features).",
+    )
+    factor: float | None = Field(
+        default=None, ge=1, description="How many times longer than original_length; needed by every kind but none."
+    )
+    original_length: Int | None = Field(
+        default=None, ge=1, description="Length that the model knew before, in tokens; needed by dynamic, yarn, llama3, longrope."
+    )
+    low_freq_factor: float | None = Field(
+        default=None, gt=0, description="Llama3: wavelengths above original_length / this are stretched; null: 1."
+    )
+    high_freq_factor: float | None = Field(
+        default=None, gt=0, description="Llama3: wavelengths below original_length / this are kept; null: 4."
+    )
+    beta_fast: float | None = Field(
+        default=None, gt=0, description="Yarn: features that turn more often within original_length are kept; null: 32."
+    )
+    beta_slow: float | None = Field(
+        default=None, gt=0, description="Yarn: features that turn less often within original_length are stretched; null: 1."
+    )
+    attention_factor: float | None = Field(
+        default=None, gt=0, description="Yarn and longrope: multiplies cosines and sines; null: what the papers advise."
+    )
+    mscale: float | None = Field(default=None, gt=0, description="Yarn: with mscale_all_dim, gives attention_factor.")
+    mscale_all_dim: float | None = Field(default=None, gt=0, description="Yarn: with mscale, gives attention_factor.")
+    short_factor: Factors | None = Field(
+        default=None, description="Longrope: divisors of the frequencies up to original_length, head_dim / 2 of them."
+    )
+    long_factor: Factors | None = Field(
+        default=None, description="Longrope: divisors of the frequencies beyond original_length, head_dim / 2 of them."
+    )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        needed, optional = ROPE_NUMBERS[self.kind]
+        for name in type(self).model_fields:
+            given = getattr(self, name) is not None
+            if name in needed and not given:
+                yield Conflict(name, f"kind {self.kind} needs {name}; add it")
+            if name != "kind" and given and name not in needed | optional:
+                yield Conflict(name, f"kind {self.kind} has no {name}; delete it, or change kind")
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            yield Conflict("mscale", "mscale and mscale_all_dim go together; set both or neither")
+        low, high = self.low_freq_factor or 1.0, self.high_freq_factor or 4.0
+        if self.kind is RopeKind.LLAMA3 and low >= high:
+            yield Conflict("low_freq_factor", f"low_freq_factor {low:g} must be less than high_freq_factor {high:g}")
+
+
+class ModelSection(Section):
+    """Shape of the decoder."""
+
+    preset: Preset | None = Field(
+        default=None,
+        description=f"A public model whose shape fills what is not set here: {', '.join(PRESETS)}. null: none.",
+    )
+    init: PathText | None = Field(
+        default=None,
+        description="Hugging Face folder (config.json and safetensors) whose weights training starts from, relative to the current "
+        "directory; its config.json fills what is not set here. null: random weights.",
+    )
+    family: Family | None = Field(
+        default=None,
+        strict=False,
+        description="Architecture: llama (RMSNorm, rotary positions, SwiGLU; also Mistral), qwen2 (llama with biases of queries, "
+        "keys and values), opt (LayerNorm, learned positions, ReLU, biases; without its dropout).",
+    )
+    vocab_size: Int | None = Field(default=None, ge=2, description="Number of tokens in the vocabulary; at least the tokenizer's.")
+    hidden_size: Int | None = Field(default=None, ge=1, description="Width of the residual stream, in features.")
+    layers: Int | None = Field(default=None, ge=1, description="Number of decoder blocks.")
+    heads: Int | None = Field(default=None, ge=1, description="Number of query heads.")
+    kv_heads: Int | None = Field(
+        default=None, ge=1, description="Number of key/value heads, a divisor of heads; null: as many as heads."
+    )
+    head_dim: Int | None = Field(default=None, ge=2, description="Features of one head, an even number; null: hidden_size / heads.")
+    intermediate_size: Int | None = Field(default=None, ge=1, description="Width of the feed-forward layer, in features.")
+    max_positions: Int | None = Field(
+        default=None,
+        ge=1,
+        description="Longest sequence that the weights of init know, in tokens; null: training.sequence_length. A longer "
+        "training.sequence_length takes its place in what is exported.",
+    )
+    rope_theta: float = Field(default=10000.0, gt=0, description="Base of the rotary wavelengths.")
+    norm_eps: float = Field(
+        default=1e-5, gt=0, description="Added to the mean square inside RMSNorm, or the variance in LayerNorm."
+    )
+    tied_embeddings: bool = Field(default=False, description="Whether the output layer uses the weights of the token embedding.")
+    window: Int | None = Field(
+        default=None,
+        ge=1,
+        description="Sliding attention window, in tokens, counting the query itself; null: all earlier tokens.",
+    )
+    init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
+    positions: PositionsSection = Field(default=PositionsSection(), description="Learned positions (family opt).")
+    rope_scaling: RopeScalingSection = Field(
+        default=RopeScalingSection(), description="Stretching rotary positions over longer sequences."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        preset = PRESETS.get(given["preset"]) if isinstance(given, dict) and isinstance(given.get("preset"), str) else None
+        if preset is None:
+            return given
+        merged = {**preset, **given}
+        inner = given.get("rope_scaling")
+        # numbers without a kind change those of the preset's kind
+        if isinstance(inner, dict) and "kind" not in inner:
+            merged["rope_scaling"] = {**preset.get("rope_scaling", {}), **inner}
+        return merged
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What the shape still lacks, to be read from the config.json of `init`."""
+        needed = ("family", "vocab_size", "hidden_size", "layers", "heads", "intermediate_size")
+        return tuple(name for name in needed if getattr(self, name) is None)
+
+    @property
+    def key_value_heads(self) -> int | None:
+        """Number of key/value heads, where the shape says it."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def dim_per_head(self) -> int | None:
+        """Features of one head, where the shape says it."""
+        if self.head_dim is None and self.hidden_size is not None and self.heads is not None:
+            return self.hidden_size // self.heads
+        return self.head_dim
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.init is None:
+            for name in self.missing:
+                yield Conflict(name, f"required key is missing; add '{name}', or a preset or init that has it")
+        family = PRESETS[self.preset]["family"] if self.preset else self.family
+        if family != self.family:
+            yield Conflict("family", f"preset {self.preset} is of family {family}, not {self.family}; delete one of them")
+            return
+        if self.heads is not None and self.hidden_size is not None:
+            yield from self._head_conflicts(self.heads, self.hidden_size)
+        if self.heads is not None and self.key_value_heads is not None and self.heads % self.key_value_heads:
+            yield Conflict(
+                "kv_heads",
+                f"{self.key_value_heads} key/value heads do not divide {self.heads} heads; choose a divisor of heads",
+            )
+        if self.family is Family.OPT:
+            yield from self._opt_conflicts()
+        elif self.family is not None and self.positions.extend is not Extend.REFUSE:
+            yield Conflict("positions.extend", f"family {self.family} has rotary positions; use rope_scaling or rope_theta")
+
+    def _head_conflicts(self, heads: int, hidden_size: int) -> Iterator[Conflict]:
+        dim = hidden_size // heads if self.head_dim is None else self.head_dim
+        if self.head_dim is None and hidden_size % heads:
+            yield Conflict("heads", f"{heads} heads do not divide hidden_size {hidden_size}; change one of them, or set head_dim")
+        elif dim % 2:
+            blamed = "heads" if self.head_dim is None else "head_dim"
+            yield Conflict(blamed, f"a head has {dim} features, but rotary positions turn pairs of features; make it even")
+
+    def _opt_conflicts(self) -> Iterator[Conflict]:
+        """What no OPT model has."""
+        if self.kv_heads not in (None, self.heads):
+            yield Conflict("kv_heads", "family opt has as many key/value heads as heads; delete it")
+        if self.head_dim is not None and self.heads is not None and self.head_dim * self.heads != self.hidden_size:
+            yield Conflict("head_dim", "a head of family opt has hidden_size / heads features; delete it")
+        if self.window is not None:
+            yield Conflict("window", "family opt sees all earlier tokens; delete it")
+        if self.norm_eps != 1e-5:
+            yield Conflict("norm_eps", "the norms of family opt add 1e-5; delete it")
+        if self.rope_theta != 10000.0:
+            yield Conflict("rope_theta", "family opt has learned positions; delete it")
+        if self.rope_scaling.kind is not RopeKind.NONE:
+            yield Conflict("rope_scaling.kind", "family opt has learned positions; delete it, or use positions.extend")

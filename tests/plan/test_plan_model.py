@@ -1,0 +1,206 @@
+"""Presets and imported weights: what they fill, what may be replaced, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtrain.errors import CheckpointError, PlanError
+from longtrain.kernels.layers import FUSABLE
+from longtrain.models.config import ModelConfig
+from longtrain.models.config_json import config_json
+from longtrain.models.families import parameter_count
+from longtrain.models.rope import Dynamic, Linear, Llama3, Yarn
+from longtrain.plan import make_plan, plan
+from longtrain.plan.describe import describe
+from longtrain.plan.model import FIXED, FREE, model_config, resolve
+from longtrain.recipe.load import dump_recipe, parse_recipe
+from longtrain.recipe.presets import PRESETS
+from longtrain.recipe.schema import Recipe
+
+TEXT = """
+name: small
+data: {path: data}
+training: {sequence_length: 64, steps: 10, batch_size: 12, precision: fp32, activations: none}
+optimizer: {lr: 0.01}
+"""
+LLAMA = ModelConfig("llama", 50, 24, 2, 4, 2, 6, 40, 64, rope_theta=500.0, norm_eps=1e-6, window=9, init_std=0.1)
+OPT = ModelConfig("opt", 50, 24, 2, 4, 4, 6, 40, 32, tied_embeddings=True)
+
+
+def recipe(*overrides: str) -> Recipe:
+    return parse_recipe(TEXT, "small", overrides)
+
+
+def folder(path: Path, config: ModelConfig) -> Path:
+    import torch
+
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config_json(config, torch.float32, 1, 2)))
+    return path
+
+
+PUBLISHED = {
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-2-7b": 6_738_415_616,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "tinyllama-1.1b": 1_100_048_384,
+    "mistral-7b": 7_241_732_096,
+    "qwen2-7b": 7_615_616_512,
+    "opt-125m": 125_239_296,
+    "opt-1.3b": 1_315_758_080,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_their_published_size(name: str) -> None:
+    chosen = recipe(f"model.preset={name}")
+    config = model_config(chosen)
+    assert parameter_count(config) == PUBLISHED[name]
+    assert config.max_positions == PRESETS[name]["max_positions"]
+    assert (config.window is not None) == (name == "mistral-7b")
+    assert isinstance(config.rope_scaling, Llama3) == (name == "llama-3.2-1b")
+    assert parse_recipe(dump_recipe(chosen), "again") == chosen
+
+
+def test_fields_of_a_preset_may_be_replaced() -> None:
+    chosen = recipe("model.preset=llama-3.2-1b", "model.layers=3", "model.rope_theta=1e6", "model.rope_scaling.factor=8")
+    config = model_config(chosen)
+    assert (config.layers, config.rope_theta, config.hidden_size) == (3, 1e6, 2048)
+    assert config.rope_scaling == Llama3(8.0, 8192)
+    other = recipe("model.preset=llama-3.2-1b", "model.rope_scaling.kind=linear", "model.rope_scaling.factor=2")
+    assert model_config(other).rope_scaling == Linear(2.0)
+
+
+def test_scalings_of_a_recipe_reach_the_model() -> None:
+    base = ["model.preset=llama-7b", "training.sequence_length=8192", "model.rope_scaling.original_length=2048"]
+    yarn = model_config(
+        recipe(*base, "model.rope_scaling.kind=yarn", "model.rope_scaling.factor=4", "model.rope_scaling.beta_fast=16")
+    )
+    assert yarn.rope_scaling == Yarn(4.0, 2048, beta_fast=16.0)
+    dynamic = model_config(recipe(*base, "model.rope_scaling.kind=dynamic", "model.rope_scaling.factor=4"))
+    assert dynamic.rope_scaling == Dynamic(4.0, 2048, 8192)
+    assert dynamic.max_positions == 8192
+
+
+class TestInit:
+    def test_the_folder_alone_is_enough(self, tmp_path: Path) -> None:
+        chosen = resolve(recipe(f"model.init={folder(tmp_path, LLAMA)}"))
+        assert model_config(chosen) == LLAMA
+        again = parse_recipe(dump_recipe(chosen), "again")
+        assert again == chosen
+        assert resolve(again) == chosen
+        made = make_plan(recipe(f"model.init={tmp_path}"), 1, "cpu")
+        assert (made.recipe, made.model, made.band.hi) == (chosen, LLAMA, 8)
+
+    @pytest.mark.parametrize(
+        "scaling", [Linear(4.0), Dynamic(2.0, 32, 64), Yarn(4.0, 16, beta_fast=8.0), Llama3(4.0, 16), None], ids=str
+    )
+    def test_scalings_survive(self, tmp_path: Path, scaling: object) -> None:
+        values = {field.name: getattr(LLAMA, field.name) for field in fields(LLAMA)} | {"rope_scaling": scaling}
+        assert model_config(resolve(recipe(f"model.init={folder(tmp_path, ModelConfig(**values))}"))).rope_scaling == scaling
+
+    def test_every_field_is_fixed_or_free(self) -> None:
+        assert {field.name for field in fields(ModelConfig)} == {*FIXED, *FREE}
+
+    def test_what_the_recipe_says_of_how_to_go_on_counts(self, tmp_path: Path) -> None:
+        changes = ["model.rope_theta=1e6", "model.window=null", "model.init_std=0.5", "training.sequence_length=256"]
+        changes += ["model.rope_scaling.kind=linear", "model.rope_scaling.factor=4"]
+        config = model_config(resolve(recipe(f"model.init={folder(tmp_path, LLAMA)}", *changes)))
+        assert (config.rope_theta, config.window, config.init_std, config.max_positions) == (1e6, None, 0.5, 256)
+        assert config.rope_scaling == Linear(4.0)
+
+    def test_what_contradicts_the_weights_is_refused(self, tmp_path: Path) -> None:
+        wrong = ["model.layers=3", "model.norm_eps=1e-5", "model.tied_embeddings=true", "model.heads=4", "model.kv_heads=4"]
+        with pytest.raises(PlanError) as caught:
+            resolve(recipe(f"model.init={folder(tmp_path, LLAMA)}", *wrong))
+        assert str(caught.value).split("\n")[1:] == [
+            "  model.layers: 3 in the recipe, 2 in config.json",
+            "  model.kv_heads: 4 in the recipe, 2 in config.json",
+            "  model.norm_eps: 1e-05 in the recipe, 1e-06 in config.json",
+            "  model.tied_embeddings: True in the recipe, False in config.json",
+            "delete these from the recipe",
+        ]
+        with pytest.raises(PlanError, match=r"model.family: llama in the recipe, opt in config.json"):
+            resolve(recipe("model.preset=llama-7b", f"model.init={folder(tmp_path, OPT)}"))
+
+    def test_a_whole_recipe_is_planned_without_the_folder(self, tmp_path: Path) -> None:
+        absent = tmp_path / "absent"
+        made = make_plan(recipe("model.preset=opt-125m", f"model.init={absent}"), 1, "cpu")
+        said = dict(describe(made))
+        assert said["weights"].startswith(f"from {absent} (not there yet")
+        assert said["positions"] == "2,048 learned"
+        with pytest.raises(PlanError, match=rf"model.init: there is no folder {absent} .*set model.preset or model.family, "):
+            make_plan(recipe(f"model.init={absent}"), 1, "cpu")
+
+    def test_a_damaged_folder_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text("{")
+        with pytest.raises(CheckpointError, match=r"config.json: cannot be read as JSON"):
+            make_plan(recipe(f"model.init={tmp_path}"), 1, "cpu")
+
+    def test_learned_positions_end(self, tmp_path: Path) -> None:
+        init = f"model.init={folder(tmp_path, OPT)}"
+        message = (
+            "training.sequence_length: 64 tokens, but the weights of model.init have learned 32 positions; .*model.positions.extend"
+        )
+        with pytest.raises(PlanError, match=message):
+            make_plan(recipe(init), 1, "cpu")
+        assert make_plan(recipe(init, "training.sequence_length=20"), 1, "cpu").model.max_positions == 32
+        for extend in ("interpolate", "random"):
+            made = make_plan(recipe(init, f"model.positions.extend={extend}"), 1, "cpu")
+            assert made.model.max_positions == 64
+            assert dict(describe(made))["positions"] == f"64 learned, {extend} beyond 32"
+
+
+class TestFused:
+    SMALL = ("model.preset=llama-7b", "model.layers=1")
+
+    def test_auto_is_for_gpus(self) -> None:
+        assert make_plan(recipe(*self.SMALL), 1, "cpu").fused == ()
+        made = make_plan(recipe(*self.SMALL), 1, "cuda")
+        assert set(made.fused) <= set(FUSABLE)
+        assert dict(describe(made))["layers"] == ("fused: " + ", ".join(made.fused) if made.fused else "plain torch")
+
+    @given(st.sets(st.sampled_from(FUSABLE)).map(list))
+    def test_a_list_is_taken_in_one_order(self, wanted: list[str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "fusable", lambda device: FUSABLE)
+            for device in ("cpu", "cuda"):
+                made = make_plan(recipe(*self.SMALL, f"training.fused=[{', '.join(wanted)}]"), 1, device)
+                assert made.fused == tuple(name for name in FUSABLE if name in wanted)
+            assert make_plan(recipe(*self.SMALL, "training.fused=none"), 1, "cuda").fused == ()
+
+    def test_what_the_device_cannot_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plan, "fusable", lambda device: ("norm",))
+        assert make_plan(recipe(*self.SMALL), 1, "cuda").fused == ("norm",)
+        with pytest.raises(
+            PlanError, match=r"training.fused: mlp, loss cannot be fused on this cuda: .*set training.fused to auto"
+        ):
+            make_plan(recipe(*self.SMALL, "training.fused=[mlp, norm, loss]"), 1, "cuda")
+
+    def test_what_the_family_lacks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plan, "fusable", lambda device: FUSABLE)
+        assert make_plan(recipe("model.preset=opt-125m"), 1, "cuda").fused == ("norm", "loss")
+        with pytest.raises(PlanError, match=r"training.fused: a model of family opt has no mlp to fuse"):
+            make_plan(recipe("model.preset=opt-125m", "training.fused=[norm, mlp]"), 1, "cuda")
+
+    def test_fused_layers_hold_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(plan, "fusable", lambda device: FUSABLE)
+        held = []
+        for fused in ("none", "auto"):
+            said = dict(
+                describe(make_plan(recipe(*self.SMALL, f"training.fused={fused}", "training.sequence_length=4096"), 1, "cuda"))
+            )
+            held.append(float(said["activations"].split("about ")[1].split(" GiB")[0]))
+        assert held[1] < 0.8 * held[0]
+        assert not math.isnan(held[1])

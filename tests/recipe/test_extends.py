@@ -1,0 +1,79 @@
+"""A recipe may be another one with some keys replaced."""
+
+from pathlib import Path
+
+import pytest
+
+from longtrain.errors import RecipeError
+from longtrain.recipe.load import dump_recipe, load_recipe
+from tests.recipe.bad_recipes import BASE
+
+CHILD = """\
+extends: ./parent.yaml
+name: child
+training:
+  steps: 50
+  precision: bf16
+model:
+  rope_scaling: {kind: linear, factor: 2}
+"""
+
+
+@pytest.fixture
+def family(write) -> Path:
+    write(CHILD)
+    Path("parent.yaml").write_text(BASE + "output: elsewhere\n")
+    return Path("x.yaml")
+
+
+def refusal(*overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("x.yaml", overrides)
+    return str(caught.value)
+
+
+def test_sections_are_replaced_key_by_key(family: Path) -> None:
+    parent, child = load_recipe(Path("parent.yaml")), load_recipe(family)
+    assert (child.name, child.output) == ("child", None)
+    assert (child.training.steps, child.training.precision) == (50, "bf16")
+    assert child.training.sequence_length == parent.training.sequence_length
+    assert child.model.rope_scaling.factor == 2
+    assert child.model.model_copy(update={"rope_scaling": parent.model.rope_scaling}) == parent.model
+    assert (child.optimizer, child.schedule, child.data) == (parent.optimizer, parent.schedule, parent.data)
+    assert load_recipe(family, ["training.steps=60", "name=other"]).training.steps == 60
+    assert "extends" not in dump_recipe(child)
+
+
+def test_a_built_in_recipe_is_extended_by_its_name(write) -> None:
+    path = write("extends: llama-7b-32k\nname: mine\ntraining: {steps: 2000}\n")
+    assert load_recipe(path).training.steps == 2000
+    assert load_recipe(path).model == load_recipe("llama-7b-32k").model
+
+
+def test_problems_name_the_file_that_has_the_key(family: Path) -> None:
+    Path("parent.yaml").write_text(
+        BASE.replace("lr: 1e-3", "lr: fast").replace("seed: 3", "seed: 017").replace("heads: 4", "heads: 5")
+    )
+    family.write_text(CHILD.replace("steps: 50", "stepz: 50"))
+    assert refusal().split("\n") == [
+        "x.yaml:4: training.stepz: unknown key; did you mean 'steps'?",
+        "parent.yaml:2: seed: 017 begins with a zero, which YAML may take for octal; drop the zero, or quote it as text",
+        "parent.yaml:8: model.heads: 5 heads do not divide hidden_size 32; change one of them, or set head_dim",
+        "parent.yaml:9: model.kv_heads: 2 key/value heads do not divide 5 heads; choose a divisor of heads",
+        "parent.yaml:21: optimizer.lr: expected a number, found the text 'fast'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("child", "message"),
+    [
+        ("extends: [a, b]\nname: c\n", "x.yaml:1: extends: expected one recipe, by the name of a built-in one or by its path"),
+        ("name: c\nextends: llama-7b-23k\n", "x.yaml:2: extends: no built-in recipe 'llama-7b-23k'; did you mean 'llama-7b-32k'?"),
+        ("name: c\nextends: ./none.yaml\n", "x.yaml:2: extends: none.yaml: no such file"),
+        ("name: c\nextends: ./x.yaml\n", "x.yaml:2: extends: x.yaml extends another recipe itself; extend that one directly"),
+        ("extends: ./parent.yaml\n", "x.yaml:1: name: required key is missing"),
+    ],
+)
+def test_refusals(family: Path, child: str, message: str) -> None:
+    family.write_text(child)
+    assert refusal().startswith(message)
