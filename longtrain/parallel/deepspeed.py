@@ -200,9 +200,13 @@ class Engine:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         skipped = not torch.isfinite(torch.tensor(norm))
+        config = self._engine._config
+        clip = config.gradient_clipping
         if skipped:
             self._engine.zero_grad()
+            config.gradient_clipping = 0.0  # it fails on gradients that are gone
         self._engine.step()
+        config.gradient_clipping = clip
         return StepResult(float("inf") if skipped else norm, skipped)
 
     def set_lr(self, lr: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch.distributed as dist
@@ -44,6 +45,28 @@ class ProcessGroupExchange:
         operations += [dist.P2POp(dist.irecv, tensor, group=self._group, group_peer=peer) for peer, tensor in receives]
         works = dist.batch_isend_irecv(operations) if operations else []
         return _Works(works, [*sends, *receives])
+
+
+@dataclass(frozen=True)
+class Subgroup:
+    """Some ranks of an exchange as an exchange of their own, numbered in the order of `members`; the own rank is one of them."""
+
+    whole: Exchange
+    members: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.members.index(self.whole.rank)
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    def start(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Transfer:
+        return self.whole.start(self._outside(sends), self._outside(receives))
+
+    def _outside(self, parcels: Sequence[Parcel]) -> list[Parcel]:
+        return [(self.members[peer], tensor) for peer, tensor in parcels]
 
 
 class _Works:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -64,6 +64,11 @@ class Launch:
         )
 
 
+def variables(names: Collection[str]) -> dict[str, str]:
+    """Those of these environment variables that are set."""
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def resolve_device(wanted: str, launch: Launch) -> torch.device:
     """The device of this rank for auto | cpu | cuda. Raises LaunchError where there are too few GPUs."""
     if wanted == "auto":
@@ -79,6 +84,24 @@ def resolve_device(wanted: str, launch: Launch) -> torch.device:
         needed = max(launch.local_world, launch.local_rank + 1)
         raise LaunchError(f"{needed} processes on this machine, but only {found} GPU(s): run torchrun --nproc-per-node {found}")
     return torch.device("cuda", launch.local_rank)
+
+
+def check_rings(launch: Launch, cp: int) -> list[str]:
+    """What to say of rings of `cp` ranks that reach over several hosts.
+
+    Raises LaunchError where they do so without need: the ranks of one host would hold whole rings, were they another number. A cp
+    beyond the ranks of one host asks for such rings.
+    """
+    local = launch.local_world
+    if cp == 1 or launch.world == local or local % cp == 0:
+        return []
+    if cp < local:
+        raise LaunchError(
+            f"parallel.cp {cp} does not divide the {local} ranks of each host, so that some rings would reach over two hosts, "
+            f"whose network is far slower than what joins GPUs: run torchrun --nproc-per-node {local // cp * cp}, or set "
+            f"parallel.cp to a divisor of {local}"
+        )
+    return [f"warning: each ring of {cp} ranks reaches over hosts of {local}: its keys and values travel over the network"]
 
 
 def start(

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from longtrain.attention.layout import SequenceLayout
 from longtrain.attention.mask import AttentionMask, Band
 from longtrain.batch import IGNORE, PADDING, Batch
+
+
+class Dealing(Protocol):
+    """How a sequence is dealt to ranks: a `SequenceLayout`, or `parallel.ulysses.UlyssesLayout`."""
+
+    def padded_length(self, length: int, ranks: int) -> int: ...
+
+    def shard(self, x: Tensor, ranks: int, rank: int, dim: int = 1) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +57,7 @@ def pad_batch(batch: Batch, length: int) -> Batch:
     )
 
 
-def shard_batch(batch: Batch, layout: SequenceLayout, ranks: int, rank: int, band: Band) -> Shard:
+def shard_batch(batch: Batch, layout: Dealing, ranks: int, rank: int, band: Band) -> Shard:
     """What `rank` of a ring of `ranks` trains on. Labels and positions were made for the whole sequence, before it is cut;
     lengths that the layout cannot split are padded."""
     batch = pad_batch(batch, layout.padded_length(batch.tokens.shape[1], ranks))
