@@ -15,6 +15,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
         losses = [(row["step"], row[key]) for row in rows if row[key] is not None]
         if losses:
             lines.append((what, _course(losses)))
+    spans = next((row["eval_by_position"] for row in reversed(rows) if row.get("eval_by_position")), [])
+    if len(spans) > 1:
+        lines.append(("  by position", f"{_span(spans[0])} -> {_span(spans[-1])}"))
     lines.append(("tokens/s", f"{median(row['tokens_per_second'] for row in rows):,.0f} over all ranks (median step)"))
     measured = [row for row in rows if row["mfu_causal"] is not None and row["mfu_full"] is not None]
     if measured:
@@ -31,3 +34,9 @@ def _course(losses: Sequence[tuple[int, float]]) -> str:
         return f"{last:.3f} at step {last_step:,}"
     change = f" ({last / first - 1:+.0%})" if first > 0 else ""
     return f"{first:.3f} at step {first_step:,} -> {last:.3f} at step {last_step:,}{change}"
+
+
+def _span(span: Sequence[Any]) -> str:
+    """The loss of (first, last, loss, tokens)."""
+    first, last, loss, _ = span
+    return f"{'no number' if loss is None else f'{loss:.3f}'} at positions {first:,} to {last:,}"

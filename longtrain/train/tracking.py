@@ -1,11 +1,14 @@
-"""Where reports go: a file of JSON lines always, and the console. Only the main rank tracks."""
+"""Where reports go: a file of JSON lines always, and the console; others join through `Trackers`. Only the main rank tracks."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,22 +20,31 @@ from longtrain.files import replace_durably
 from longtrain.train.metrics import Metrics
 
 METRICS_FILE = "metrics.jsonl"
-_KEYS = {field.name for field in fields(Metrics)}
+WAITING = 10_000
+"""Reports that wait for a tracker in the background at most: hours of them."""
+PATIENCE = 60.0
+"""Seconds that the end of a run waits for a tracker in the background."""
+# what newer versions added has a default, so that a run of an older version can go on
+_KEYS = {field.name for field in fields(Metrics) if field.default is MISSING}
 
 
 class Tracker(Protocol):
-    """Receives the reports of a run."""
+    """Receives the reports of a run. What a tracker that inherits from this does not define, it does not care for."""
 
-    def log(self, metrics: Metrics) -> None: ...
+    def log(self, metrics: Metrics) -> None:
+        """One report."""
 
     def say(self, text: str) -> None:
         """A remark for people: a checkpoint, a warning."""
-        ...
 
-    def close(self) -> None: ...
+    def keep(self, paths: Sequence[Path]) -> None:
+        """Files and folders of the run that are worth keeping: plots, the exported model."""
+
+    def close(self) -> None:
+        """Nothing comes after this."""
 
 
-class JsonLines:
+class JsonLines(Tracker):
     """metrics.jsonl: one object a line, keys as in `Metrics`."""
 
     def __init__(self, path: Path, resumed_step: int) -> None:
@@ -42,19 +54,14 @@ class JsonLines:
         self._file = path.open("a")
 
     def log(self, metrics: Metrics) -> None:
-        # JSON has no nan and no infinity
-        row = {key: value if value is None or math.isfinite(value) else None for key, value in asdict(metrics).items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.write(json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n")
         self._file.flush()
-
-    def say(self, text: str) -> None:
-        pass
 
     def close(self) -> None:
         self._file.close()
 
 
-class Terminal:
+class Terminal(Tracker):
     """A progress bar on a terminal, plain lines in a log."""
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
@@ -89,11 +96,90 @@ class Terminal:
             self._progress.stop()
 
 
-class Trackers:
-    """Several trackers as one; none on ranks that do not report."""
+class Background(Tracker):
+    """A tracker in a thread of its own, where it may be slow, hang or fail: training neither waits for it nor ends with it.
 
-    def __init__(self, trackers: Sequence[Tracker] = ()) -> None:
-        self._trackers = trackers
+    name: for people. make: makes the tracker, in the thread. complain: tells people, in one line, what went wrong, from the thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[], Tracker],
+        complain: Callable[[str], None],
+        *,
+        waiting: int = WAITING,
+        patience: float = PATIENCE,
+    ) -> None:
+        self._name, self._make, self._complain, self._patience = name, make, complain, patience
+        self._events: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(waiting)
+        self._failed = self._lost = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def log(self, metrics: Metrics) -> None:
+        self._post(lambda tracker: tracker.log(metrics))
+
+    def say(self, text: str) -> None:
+        self._post(lambda tracker: tracker.say(text))
+
+    def keep(self, paths: Sequence[Path]) -> None:
+        self._post(lambda tracker: tracker.keep(paths))
+
+    def close(self) -> None:
+        """Waits for what is still to be told, but no longer than `patience` seconds."""
+        self._post(None)
+        self._thread.join(self._patience)
+        if self._thread.is_alive():
+            self._warn(f"did not finish within {self._patience:.0f} s")
+            self._failed = True
+
+    def _post(self, event: Callable[[Tracker], None] | None) -> None:
+        if self._failed:
+            return
+        try:
+            self._events.put_nowait(event)
+        except queue.Full:
+            if not self._lost:
+                self._warn("does not keep up, and misses reports from here on")
+            self._lost = True
+
+    def _work(self) -> None:
+        try:
+            tracker = self._make()
+            while (event := self._events.get()) is not None:
+                event(tracker)
+            tracker.close()
+        except BaseException as error:  # a library may even call sys.exit
+            self._failed = True
+            reason = str(error).strip().splitlines()
+            self._warn(f"failed ({type(error).__name__}{': ' + reason[0] if reason else ''}) and gets nothing more")
+
+    def _warn(self, what: str) -> None:
+        self._complain(f"WARNING: {self._name} {what}; training is not affected, and {METRICS_FILE} holds every report")
+
+
+class Redrawn(Tracker):
+    """Calls `draw` now and then, so that it takes no more than a hundredth of the time; not in the first minute."""
+
+    def __init__(self, draw: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> None:
+        self._draw, self._clock = draw, clock
+        self._next = clock() + 60
+
+    def log(self, metrics: Metrics) -> None:
+        begin = self._clock()
+        if begin >= self._next:
+            self._draw()
+            end = self._clock()
+            self._next = end + 100 * (end - begin)
+
+
+class Trackers:
+    """Several trackers as one; none on ranks that do not report. run_id: the id of this run where an experiment tracker has one,
+    for the checkpoints."""
+
+    def __init__(self, trackers: Sequence[Tracker] = (), run_id: str | None = None) -> None:
+        self._trackers, self.run_id = trackers, run_id
 
     def log(self, metrics: Metrics) -> None:
         for tracker in self._trackers:
@@ -102,6 +188,10 @@ class Trackers:
     def say(self, text: str) -> None:
         for tracker in self._trackers:
             tracker.say(text)
+
+    def keep(self, paths: Sequence[Path]) -> None:
+        for tracker in self._trackers:
+            tracker.keep(paths)
 
     def close(self) -> None:
         for tracker in self._trackers:
@@ -145,3 +235,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path}:{number}: is no report of a run; the file is damaged or foreign, move it away")
         rows.append(row)
     return rows
+
+
+def _finite(value: Any) -> Any:
+    """None in the place of what JSON lacks: nan and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

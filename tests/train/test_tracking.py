@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,8 +14,19 @@ from rich.console import Console
 
 from longtrain.errors import CheckpointError
 from longtrain.models.flops import Flops
-from longtrain.train.metrics import Metrics, peak_memory_gib, utilisation
-from longtrain.train.tracking import JsonLines, Terminal, Trackers, read_metrics, short_summary, summary
+from longtrain.train.metrics import Metrics, peak_memory_gib, scalars, utilisation
+from longtrain.train.tracking import (
+    METRICS_FILE,
+    Background,
+    JsonLines,
+    Redrawn,
+    Terminal,
+    Tracker,
+    Trackers,
+    read_metrics,
+    short_summary,
+    summary,
+)
 
 REPORT = Metrics(
     step=1,
@@ -161,3 +174,103 @@ def test_utilisation() -> None:
 def test_peak_memory_of_a_process() -> None:
     held = torch.zeros(2**28, dtype=torch.uint8)  # 0.25 GiB
     assert 0.25 < peak_memory_gib(held.device) < 64
+
+
+class Heard(Tracker):
+    """Writes down what it is told; `gate` holds it up."""
+
+    def __init__(self, gate: threading.Event) -> None:
+        self.gate, self.steps = gate, list[int]()
+        self.closed = False
+
+    def log(self, metrics: Metrics) -> None:
+        self.gate.wait(20)
+        self.steps.append(metrics.step)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_background_tells_everything_in_order() -> None:
+    gate, said = threading.Event(), list[str]()
+    heard = Heard(gate)
+    tracker = Background("it", lambda: heard, said.append)
+    for metrics in reports(5):
+        tracker.log(metrics)
+    tracker.say("a remark")
+    tracker.keep([])
+    assert heard.steps == []
+    gate.set()
+    tracker.close()
+    assert (heard.steps, heard.closed, said) == ([1, 2, 3, 4, 5], True, [])
+
+
+def test_background_does_not_wait_for_what_hangs() -> None:
+    gate, said = threading.Event(), list[str]()
+    tracker = Background("it", lambda: Heard(gate), said.append, patience=0.05)
+    tracker.log(REPORT)
+    begin = time.monotonic()
+    tracker.close()
+    assert time.monotonic() - begin < 5
+    assert said == [f"WARNING: it did not finish within 0 s; training is not affected, and {METRICS_FILE} holds every report"]
+    gate.set()
+
+
+def test_background_holds_no_more_than_it_was_given_room_for() -> None:
+    gate, said = threading.Event(), list[str]()
+    heard = Heard(gate)
+    tracker = Background("it", lambda: heard, said.append, waiting=3)
+    for metrics in reports(50):
+        tracker.log(metrics)
+    assert [text.split(";")[0] for text in said] == ["WARNING: it does not keep up, and misses reports from here on"]
+    gate.set()
+
+
+def test_background_that_cannot_begin_is_one_line() -> None:
+    said: list[str] = []
+
+    def fail() -> Tracker:
+        raise ImportError("no such module\nmore")
+
+    tracker = Background("it", fail, said.append)
+    tracker.close()
+    tracker.log(REPORT)
+    assert [text.split(";")[0] for text in said] == ["WARNING: it failed (ImportError: no such module) and gets nothing more"]
+
+
+def test_plots_take_a_hundredth_of_the_time() -> None:
+    now, drawn = [0.0], list[float]()
+
+    def draw() -> None:
+        drawn.append(now[0])
+        now[0] += 2.0
+
+    tracker = Redrawn(draw, lambda: now[0])
+    for step in range(100):
+        now[0] = max(now[0], 10.0 * step)
+        tracker.log(REPORT)
+    assert drawn == [60.0, 270.0, 480.0, 690.0, 900.0]
+
+
+def test_scalars_are_finite_numbers() -> None:
+    spans = [(0, 15, 3.0, 4), (16, 31, math.nan, 4)]
+    found = scalars(replace(REPORT, loss=math.nan, eval_loss=2.0, eval_by_position=spans))
+    assert found["eval_by_position/0000000-0000015"] == 3.0
+    assert found["eval_loss"] == 2.0
+    assert not {"loss", "mfu_full", "eval_by_position/0000016-0000031"} & found.keys()
+
+
+def test_spans_in_metrics(tmp_path: Path) -> None:
+    path = tmp_path / METRICS_FILE
+    lines = JsonLines(path, 0)
+    lines.log(replace(REPORT, eval_loss=2.0, eval_by_position=((0, 15, 3.0, 4), (16, 31, math.nan, 4))))
+    lines.close()
+    assert read_metrics(path)[0]["eval_by_position"] == [[0, 15, 3.0, 4], [16, 31, None, 4]]
+
+
+def test_metrics_of_an_older_version_are_read(tmp_path: Path) -> None:
+    row = asdict(REPORT)
+    del row["eval_by_position"]
+    path = tmp_path / METRICS_FILE
+    path.write_text(json.dumps(row) + "\n")
+    assert read_metrics(path) == [row]

@@ -1,0 +1,31 @@
+#!/bin/bash
+# One training run on several nodes under Slurm. Two commands, from the folder that holds runs/ and data/, which all nodes share:
+#
+#   sbatch --nodes 2 --gpus-per-node 8 scripts/slurm.sh --recipe llama-7b-128k                 # start, or go on where the run stopped
+#   sbatch --nodes 2 --gpus-per-node 8 scripts/slurm.sh --recipe llama-7b-128k --set training.steps=20000     # and train for longer
+#
+# What follows the script's name goes to scripts/train.py. Before paying for the nodes:
+#
+#   longtrain train --recipe llama-7b-128k --dry-run --ranks 16        and on one node        srun --gpus 8 longtrain doctor
+#
+# parallel.cp should divide the GPUs of a node: rings then stay inside it. After a preemption or a time limit the same command goes
+# on from the newest checkpoint; with --requeue Slurm gives it itself. Activate the environment before sbatch, or below.
+#SBATCH --job-name=longtrain
+#SBATCH --ntasks-per-node=1
+#SBATCH --exclusive
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+
+set -euo pipefail
+
+# the first node's name, and a port that two jobs on one node do not share
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# one torchrun a node; --kill-on-bad-exit ends the others when one node has failed, instead of letting them wait
+srun --kill-on-bad-exit=1 bash -c '
+  exec torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
+    --master-addr "$0" --master-port "$1" "${@:2}"
+' "$MASTER_ADDR" "$MASTER_PORT" scripts/train.py "$@"
