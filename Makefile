@@ -5,7 +5,7 @@ TORCHRUN := $(BIN)/torchrun --nproc-per-node 2
 # nproc-per-node 2 on two cores: one thread each, and no lecture from torchrun about it
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-gpu lint clean
+.PHONY: quickstart test test-faults test-gpu lint clean
 
 quickstart: $(VENV)/installed
 	test -e data/quickstart/manifest.json || \
@@ -16,7 +16,11 @@ quickstart: $(VENV)/installed
 	$(BIN)/longtrain report runs/quickstart
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not faults"
+
+# the long forms of what `make test` has in short
+test-faults: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m faults
 
 # on a machine that brings its own torch: make test-gpu BIN=/usr/bin, or run the pytest line
 test-gpu:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,7 +22,7 @@ from longtrain.recipe.load import builtin_recipes, load_recipe
 from longtrain.recipe.schema import Device, Precision, Recipe
 
 if TYPE_CHECKING:
-    from longtrain.data.packed import PackedSplit
+    from longtrain.data.mixture import Split
     from longtrain.parallel.context import ParallelContext
     from longtrain.plan import Plan
     from longtrain.train.export import Trained
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 # torch and everything built on it takes seconds to import: only inside the functions that need it, so that --help answers at once
 
-EXPORT_FOLDER = "huggingface"
 LABEL_WIDTH = 16
 PIPE_WIDTH = 200
 REFUSED = 2
@@ -53,6 +51,8 @@ def _typer(help_text: str | None = None) -> typer.Typer:
 
 app = _typer("Trains decoders at long context.")
 train_app = _typer()
+checkpoint_app = _typer("Lists, checks, exports and prunes checkpoints.")
+app.add_typer(checkpoint_app, name="checkpoint")
 
 RecipeOption = Annotated[
     str, typer.Option("--recipe", metavar="NAME|PATH", help="A built-in recipe's name, or the path of a YAML file.")
@@ -62,7 +62,7 @@ SetOption = Annotated[
 ]
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", metavar="FOLDER", help="The prepared data of the run, if it moved; by default where the run read it."),
+    typer.Option("--data", metavar="FOLDER", help="Prepared data with the run's tokenizer; by default what the run read."),
 ]
 
 
@@ -81,10 +81,14 @@ def train(
     until: Annotated[
         int | None, typer.Option(min=1, metavar="STEPS", help="Stop, with a checkpoint, when this many steps are done.")
     ] = None,
+    force_resume: Annotated[
+        bool, typer.Option("--force-resume", help="Go on from a checkpoint of another recipe or other data, and say what differs.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop. Needs no GPU and no data.")] = False,
     ranks: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of ranks to plan for, with --dry-run.")] = None,
 ) -> None:
     """Trains from a recipe. Start several ranks with torchrun."""
+    code = 0
     with _refusals():
         chosen = load_recipe(recipe, overrides or [])
         if dry_run:
@@ -92,7 +96,8 @@ def train(
         elif ranks is not None:
             raise PlanError(f"--ranks goes with --dry-run; to train on {ranks} ranks start torchrun --nproc-per-node {ranks}")
         else:
-            _train(chosen, resume, until)
+            code = _train(chosen, resume, until, force_resume)
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -108,6 +113,7 @@ def recipes() -> None:
 
 
 @app.command()
+@checkpoint_app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The run's folder, or one checkpoint's.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The Hugging Face folder to write; it must not exist.")],
@@ -138,6 +144,64 @@ def report(
         _report(run)
         if tokens:
             _sample(run, data, prompt, tokens, temperature)
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="Where runs are written.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Says what is wrong with this machine. Exit code 0: nothing, 1: warnings, 2: training cannot work here."""
+    with _refusals():
+        from longtrain.doctor.report import examine
+
+        text, code = examine(folder, as_json)
+        print(text)
+    raise typer.Exit(code)
+
+
+@checkpoint_app.command("ls")
+def list_checkpoints(
+    run: Annotated[Path, typer.Argument(help="The run's folder, or one checkpoint's.")],
+    check: Annotated[bool, typer.Option("--verify", help="Read every byte; else only torn files are found.")] = False,
+) -> None:
+    """Lists the checkpoints of a run: step, tokens, loss, size, ranks, and whether they are sound."""
+    with _refusals():
+        from longtrain.train.checkpoint_commands import examine, find, table
+
+        entries = [examine(path, content=check) for path in find(run)]
+        Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table(entries, verified=check))
+        for reason in (reason for entry in entries for reason in entry.damage):
+            _say(reason)
+
+
+@checkpoint_app.command("verify")
+def verify_checkpoints(run: Annotated[Path, typer.Argument(help="The run's folder, or one checkpoint's.")]) -> None:
+    """Reads every byte of a checkpoint, or of all of a run. Exit code 2 where one is damaged; the files are named."""
+    with _refusals():
+        from longtrain.train.checkpoint_commands import examine, find
+
+        problems: list[str] = []
+        for path in find(run):
+            found = examine(path, content=True).damage
+            _say(f"{path}: {'DAMAGED' if found else 'verified'}")
+            problems += found
+        if problems:
+            raise CheckpointError("\n".join(problems))
+
+
+@checkpoint_app.command("prune")
+def prune_checkpoints(
+    run: Annotated[Path, typer.Argument(help="The run's folder.")],
+    keep: Annotated[int, typer.Option(min=1, metavar="N", help="Number of newest verified checkpoints to keep.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+) -> None:
+    """Deletes all but the newest verified checkpoints of a run; never the only good one."""
+    with _refusals():
+        from longtrain.train.checkpoint_commands import prune
+
+        for path, reason in prune(run, keep, dry_run=dry_run):
+            _say(f"{'would delete' if dry_run else 'deleted'} {path} ({reason})")
 
 
 @app.command("check-data")
@@ -181,22 +245,51 @@ def _dry_run(recipe: Recipe, ranks: int | None) -> None:
         _say("\nplanned for cpu, as this machine has no GPU; --set device=cuda plans for GPUs")
 
 
-def _train(recipe: Recipe, resume: str, until: int | None) -> None:
-    """What every rank can refuse by itself comes before the ranks meet; nothing is written before that."""
+def _train(recipe: Recipe, resume: str, until: int | None, force: bool) -> int:
+    """Trains; returns the exit code."""
+    from longtrain.train.signals import STOPPED
+
+    rank = _rank()
+    try:
+        step = _run(recipe, resume, until, force)
+    except KeyboardInterrupt:
+        if rank == 0:
+            _say_interrupted(Path(recipe.run_folder))
+        raise
+    steps = recipe.training.steps
+    if step < min(steps if until is None else until, steps):
+        if rank == 0:
+            _say(f"stopped at step {step}, as asked; the same command goes on from there")
+        return STOPPED
+    if rank == 0:
+        _finish(recipe, complete=step >= steps)
+    return 0
+
+
+def _run(recipe: Recipe, resume: str, until: int | None, force: bool) -> int:
+    """The step that the run is at when it ends. What every rank can refuse by itself comes before the ranks meet; nothing is
+    written before that, and a signal ends the process as it does any other."""
     from longtrain.parallel import launch
     from longtrain.plan import make_plan
-    from longtrain.train.assemble import open_data, verify_data
+    from longtrain.train.assemble import open_data, open_weights, verify_data
+    from longtrain.train.experiment import check_installed
     from longtrain.train.resume import choose
     from longtrain.train.run import facts_of, run_training
+    from longtrain.train.run_folder import check_shared, check_writable
+    from longtrain.train.signals import StopSignals
     from longtrain.train.tracking import METRICS_FILE, read_metrics
 
     started = launch.Launch.read()
     device = launch.resolve_device(recipe.device.value, started)
     plan = make_plan(recipe, started.world, device.type)
+    remarks = launch.check_rings(started, plan.cp)
+    check_installed(recipe.tracking)
     split, unseen = open_data(plan)
     folder = Path(recipe.run_folder)
-    _check_writable(folder)
-    start = choose(recipe, split, resume)
+    check_writable(folder)
+    start = choose(plan.recipe, split, resume, force=force)
+    start = replace(start, remarks=(*start.remarks, *remarks))
+    open_weights(plan, start)
     read_metrics(folder / METRICS_FILE)
     splits = [split] if unseen is None else [split, unseen]
     if started.local_rank == 0:
@@ -204,21 +297,22 @@ def _train(recipe: Recipe, resume: str, until: int | None) -> None:
     failed = True
     try:
         ctx = launch.start(started, dp=plan.dp, cp=plan.cp, device=device.type)
-        launch.check_agreement(ctx, facts_of(plan, splits, start, until))
-        evaluate = None if unseen is None else _evaluation(plan, ctx, unseen)
-        progress = run_training(plan, ctx, split, start, until=until, evaluate=evaluate)
+        with StopSignals(_say_aside, lambda: None if ctx.rank else _say_interrupted(folder)) as stop:
+            check_shared(ctx, folder)
+            launch.check_agreement(ctx, facts_of(plan, splits, start, until))
+            evaluate = None if unseen is None else _evaluation(plan, ctx, unseen)
+            progress = run_training(
+                plan, ctx, split, start, until=until, evaluate=evaluate, draw=lambda: _draw(recipe), asked_to_stop=stop.asked
+            )
+            # torchrun ends all ranks when one leaves with an exit code, and the main one may still be telling its trackers
+            ctx.all_gather_text("done")
         failed = False
-    except KeyboardInterrupt:
-        if started.rank == 0:
-            _say_interrupted(folder)
-        raise
     finally:
         launch.stop(failed)
-    if started.rank == 0:
-        _finish(recipe, complete=progress.step >= recipe.training.steps)
+    return progress.step
 
 
-def _evaluation(plan: Plan, ctx: ParallelContext, unseen: PackedSplit) -> Evaluate:
+def _evaluation(plan: Plan, ctx: ParallelContext, unseen: Split) -> Evaluate:
     from longtrain.data.loader import held_out
     from longtrain.evaluate.held_out import held_out_loss
 
@@ -233,31 +327,15 @@ def _evaluation(plan: Plan, ctx: ParallelContext, unseen: PackedSplit) -> Evalua
     return lambda run: held_out_loss(run.engine, run.plan, run.ctx, batches)
 
 
-def _check_writable(folder: Path) -> None:
-    """Raises LaunchError where the run's folder can be neither used nor made. Leaves no trace."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise LaunchError(f"output: the run's folder {folder} cannot be made: {existing} is not a folder; set another output")
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        reason = f"{existing}: {error.strerror}"
-        raise LaunchError(f"output: the run's folder {folder} cannot be written: {reason}; set another output") from None
-
-
 def _finish(recipe: Recipe, complete: bool) -> None:
     """What the main rank leaves in the run's folder: the plot and, of a complete run, the export."""
-    from longtrain.evaluate.plot import LOSS_PLOT, plot_loss
     from longtrain.train.export import export_checkpoint
     from longtrain.train.resume import find_checkpoint
-    from longtrain.train.tracking import METRICS_FILE, read_metrics
+    from longtrain.train.run_folder import EXPORT_FOLDER
 
     folder = Path(recipe.run_folder)
-    rows = read_metrics(folder / METRICS_FILE)
-    if rows:
-        plot_loss(rows, recipe.name, folder / LOSS_PLOT)
-        _say(f"plot: {folder / LOSS_PLOT}")
+    if plots := _draw(recipe):
+        _say(f"plots: {', '.join(str(plot) for plot in plots)}")
     if not complete:
         return
     checkpoint, out = find_checkpoint(folder), folder / EXPORT_FOLDER
@@ -268,6 +346,15 @@ def _finish(recipe: Recipe, complete: bool) -> None:
         _say(f"Hugging Face checkpoint: {export_checkpoint(folder, out)}")
 
 
+def _draw(recipe: Recipe) -> list[Path]:
+    """Draws the plots of a run's folder anew."""
+    from longtrain.evaluate.plot import draw_plots
+    from longtrain.train.tracking import METRICS_FILE, read_metrics
+
+    folder = Path(recipe.run_folder)
+    return draw_plots(read_metrics(folder / METRICS_FILE), recipe.name, folder)
+
+
 def _newer(export: Path, checkpoint: Path) -> bool:
     return export.stat().st_mtime >= checkpoint.stat().st_mtime
 
@@ -275,8 +362,9 @@ def _newer(export: Path, checkpoint: Path) -> bool:
 def _report(folder: Path) -> None:
     from longtrain.evaluate.plot import LOSS_PLOT
     from longtrain.evaluate.report import summary
-    from longtrain.train.checkpoint import find_latest
+    from longtrain.train.checkpoint_folder import find_latest
     from longtrain.train.resume import CHECKPOINTS
+    from longtrain.train.run_folder import EXPORT_FOLDER
     from longtrain.train.tracking import METRICS_FILE, read_metrics
 
     rows = read_metrics(folder / METRICS_FILE)
@@ -303,8 +391,10 @@ def _sample(folder: Path, data: Path | None, prompt: str, tokens: int, temperatu
     except (CheckpointError, DataError) as error:
         _say(f"\nno sample: {error}")
         return
-    ids = [trained.tokenizer.bos, *trained.tokenizer.encode(prompt)]
-    ids = generate(trained.model, ids, tokens, temperature=temperature, seed=0, end=trained.tokenizer.eos)
+    bos, eos = trained.tokenizer.bos, trained.tokenizer.eos
+    # where documents begin with their text, an empty prompt goes on after the end of one
+    ids = [*([] if bos is None else [bos]), *trained.tokenizer.encode(prompt)] or [eos]
+    ids = generate(trained.model, ids, tokens, temperature=temperature, seed=0, end=eos)
     Console().print("\nsample:", style="bold")
     _say(trained.tokenizer.decode(ids))
     Console().print("\nto go on:", style="bold")
@@ -312,7 +402,7 @@ def _sample(folder: Path, data: Path | None, prompt: str, tokens: int, temperatu
 
 
 def _next_command(folder: Path, trained: Trained) -> str:
-    from longtrain.train.run import RECIPE_FILE
+    from longtrain.train.run_folder import RECIPE_FILE
 
     torchrun = Path(sys.executable).with_name("torchrun")
     inside = torchrun.exists() and torchrun.is_relative_to(Path.cwd())
@@ -323,8 +413,13 @@ def _next_command(folder: Path, trained: Trained) -> str:
     return shlex.join(words)
 
 
+def _say_aside(text: str) -> None:
+    rank = _rank()
+    print(f"rank {rank}: {text}" if rank else text, file=sys.stderr, flush=True)
+
+
 def _say_interrupted(folder: Path) -> None:
-    from longtrain.train.checkpoint import find_latest
+    from longtrain.train.checkpoint_folder import find_latest
     from longtrain.train.resume import CHECKPOINTS
 
     latest = find_latest(folder / CHECKPOINTS)

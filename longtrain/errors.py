@@ -21,6 +21,10 @@ class CheckpointError(LongtrainError):
     """A checkpoint that is missing, damaged, or belongs to another run."""
 
 
+class TrainingError(LongtrainError):
+    """A run that must not go on as it is; the message names the checkpoint to go back to."""
+
+
 class KernelError(LongtrainError):
     """No attention kernel can do what is asked; the message holds every kernel's reasons."""
 

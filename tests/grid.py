@@ -18,7 +18,7 @@ from longtrain.plan import Plan, make_plan
 from longtrain.recipe.schema import Recipe
 from longtrain.train.assemble import build_attend
 from longtrain.train.optim import decay_groups
-from longtrain.train.step import train_step
+from longtrain.train.step import prepare_step, train_step
 from tests.tiny import take_rows, tiny_recipe
 
 ROWS = 4
@@ -112,7 +112,7 @@ def train(ctx: ParallelContext, case: Case, steps: Sequence[Batch]) -> dict[str,
     engine = make_engine(case, plan, ctx)
     losses, norms, moments = [], [], []
     for batch, rate in zip(steps, RATES, strict=False):
-        outcome = train_step(engine, plan, ctx, deal(batch, case, ctx.dp_rank), rate)
+        outcome = train_step(engine, plan, ctx, prepare_step(plan, ctx, deal(batch, case, ctx.dp_rank)), rate)
         assert not outcome.skipped
         losses.append(outcome.loss)
         norms.append(outcome.grad_norm)

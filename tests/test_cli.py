@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from longtrain.recipe.load import builtin_recipes
-from tests.user import CHECKPOINT, SCRIPT, STEPS, command, process, snapshot, train
+import longtrain.data.command
+from longtrain.data.prepare import prepare
+from longtrain.recipe.load import builtin_recipes, load_recipe
+from longtrain.train.checkpoint_folder import verify
+from longtrain.train.signals import STOPPED
+from tests.user import CHECKPOINT, RECIPE, SCRIPT, STEPS, command, process, snapshot, train
 
 pytest_plugins = ("tests.desks",)
 
@@ -22,10 +30,16 @@ pytest_plugins = ("tests.desks",)
 def test_trained_run_is_complete() -> None:
     assert {path.name for path in Path("run").iterdir()} == {
         "checkpoints",
+        "environment.jsonl",
+        "grad_norm.png",
         "huggingface",
         "loss.png",
+        "loss_by_position.png",
+        "memory.png",
         "metrics.jsonl",
+        "plan.txt",
         "recipe.yaml",
+        "throughput.png",
     }
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -102,6 +116,40 @@ def test_moved_data_is_found_with_an_option() -> None:
     assert "sample:" in command("report", "run", "--tokens", "1", "--data", "elsewhere").text
 
 
+@pytest.mark.usefixtures("trained")
+def test_a_recipe_that_says_no_more_than_its_weights_is_resumed() -> None:
+    text = RECIPE[: RECIPE.index("model:")] + "model: {init: run/huggingface}\n" + RECIPE[RECIPE.index("data:") :]
+    Path("recipe.yaml").write_text(text.replace("output: run\n", "output: next\n"))
+    begun = train("--until", "1")
+    assert begun.code == 0, begun.text
+    first = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])["loss"]
+    assert json.loads(Path("next/metrics.jsonl").read_text().splitlines()[0])["loss"] < first
+    said = train("--set", "training.fused=none")
+    assert said.code == 0, said.text
+    assert "resuming next/checkpoints/step-00000001 (step 1)" in said.text
+    assert "changed since that checkpoint: training.fused: auto -> none" in said.text
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_mixture_is_trained_and_exported_with_any_of_its_folders() -> None:
+    Path("text").mkdir()
+    for number in range(20):
+        Path("text", f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
+    prepare("text", Path("more"), tokenizer="data/tokenizer.model", held_out=0.2)
+    prepare("text", Path("other"), vocab_size=300, held_out=0.2)
+    mixed = ("--set", "data.path=null", "--set", "data.sources={data: 3, more: 1}")
+    said = train(*mixed)
+    assert said.code == 0, said.text
+    said = train(*mixed[:3], "data.sources={data: 1, more: 1}", "--set", "training.steps=4")
+    assert said.code == 2
+    assert "was trained on other data than data + more" in said.text
+    shutil.rmtree("data")
+    Path("more").rename("moved")
+    assert "data: the data of" in command("export", "run", "--out", "out").text
+    assert "other: was not prepared with the tokenizer of" in command("export", "run", "--out", "out", "--data", "other").text
+    assert command("export", "run", "--out", "out", "--data", "moved").text == "wrote out\n"
+
+
 def test_recipes_lists_every_recipe() -> None:
     said = command("recipes")
     assert said.code == 0
@@ -117,6 +165,32 @@ def test_dry_run_needs_nothing(recipe: str, tmp_path: Path, monkeypatch: pytest.
     assert said.code == 0, said.text
     for words in ("ranks", "parameters", "on each rank", "tokens: ", "kernel", "not reference", "learning rate"):
         assert words in said.text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_missing_data_comes_with_the_command_that_prepares_it(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = command("train", "--recipe", name, "--set", "parallel.cp=1")
+    assert said.code == 2
+    printed = next(line for line in said.text.splitlines() if "scripts/prepare_data.py" in line)
+    python, script, *arguments = shlex.split(printed)
+    assert (python, script) == ("python", "scripts/prepare_data.py")
+    given: dict[str, Any] = {}
+
+    def record(source: list[str], out: Path, **options: Any) -> None:
+        given.update(options, source=source, out=out)
+        raise typer.Exit
+
+    monkeypatch.setattr(longtrain.data.command, "prepare", record)
+    app = typer.Typer()
+    app.command()(longtrain.data.command.command)
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    recipe = load_recipe(name)
+    assert (given["source"], str(given["out"])) == ([recipe.data.corpus], recipe.data.path)
+    # a tokenizer that exists, or one to train
+    assert given["tokenizer"] == (recipe.data.tokenizer or recipe.model.init)
+    assert given["tokenizer"] or given["vocab_size"] == recipe.model.vocab_size
     assert not list(tmp_path.iterdir())
 
 
@@ -176,7 +250,9 @@ def test_ctrl_c(training: subprocess.Popen[str]) -> None:
     assert training.stderr is not None
     assert any("saved" in line for line in training.stdout), "lines arrive while it trains, though nobody has a terminal"
     training.send_signal(signal.SIGINT)
-    said = training.communicate(timeout=60)[1]
-    assert training.returncode == 130, said
-    assert "interrupted; the same command goes on from run/checkpoints/step-" in said
+    out, said = training.communicate(timeout=60)
+    assert training.returncode == STOPPED, said
+    assert "SIGINT: stopping after this step, with a checkpoint" in said
     assert "Traceback" not in said
+    step = int(out.split("stopped at step ")[1].split(",")[0])
+    verify(Path(f"run/checkpoints/step-{step:08d}"))

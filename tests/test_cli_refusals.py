@@ -119,7 +119,7 @@ TRAIN_REFUSALS = {
         ("dp 2 x cp 2 needs 4 ranks, there are 1",), set_("parallel.dp=2", "parallel.cp=2", "training.micro_batch_size=1")
     ),
     "batch": Refusal(("training.batch_size", "multiple"), ("--dry-run", "--ranks", "4")),
-    "unknown kernel": Refusal(("attention.kernel", "'flash'", "memory_efficient"), set_("attention.kernel=flash")),
+    "unknown kernel": Refusal(("attention.kernel", "'xformers'", "memory_efficient"), set_("attention.kernel=xformers")),
     "no GPU": Refusal(("device cuda is wanted", "no CUDA GPU here"), set_("device=cuda")),
     "bf16 at stage 0": Refusal(("stage 0 trains in fp32 only", "use stage 1"), set_("zero.stage=0", "training.precision=bf16")),
     "fp16 on cpu": Refusal(("fp16 needs a GPU",), set_("training.precision=fp16")),
@@ -142,6 +142,7 @@ TRAIN_REFUSALS = {
     ),
     "other tokenizer": Refusal(("data/tokenizer.model: this tokenizer differs",), (), flip("data/tokenizer.model")),
     "no tokenizer": Refusal(("data/tokenizer.model", "cannot be read"), (), remove("data/tokenizer.model")),
+    "weights not there": Refusal(("nowhere: no such folder; model.init is the path",), set_("model.init=nowhere")),
     "vocabulary too small": Refusal(("model.vocab_size is 319", "set model.vocab_size to 320"), set_("model.vocab_size=319")),
     "too little text": Refusal(
         ("the split 'train' has", "fewer than one sequence of 100000"), set_("training.sequence_length=100000")
@@ -164,6 +165,9 @@ TRAIN_REFUSALS = {
     "unknown option": Refusal(("--stepz",), ("--stepz",)),
 }
 
+NAMED = ("--resume", str(CHECKPOINT))
+"""A damaged checkpoint is refused where it is named; without that, training goes on from an earlier one."""
+
 RESUME_REFUSALS = {
     "other recipe": Refusal(
         ("checkpoint of another recipe", "optimizer.lr: 0.01 in the checkpoint, 0.02 in this recipe"), set_("optimizer.lr=2e-2")
@@ -177,12 +181,12 @@ RESUME_REFUSALS = {
         copy_run,
     ),
     "flipped bit": Refusal(
-        (str(CHECKPOINT / "rank-00000.safetensors"), "SHA-256"), (), flip(CHECKPOINT / "rank-00000.safetensors")
+        (str(CHECKPOINT / "rank-00000.safetensors"), "SHA-256"), NAMED, flip(CHECKPOINT / "rank-00000.safetensors")
     ),
-    "truncated weights": Refusal(("rank-00000.safetensors", "damaged"), (), cut(CHECKPOINT / "rank-00000.safetensors")),
-    "truncated state": Refusal(("state.json", "truncated"), (), cut(CHECKPOINT / "state.json")),
-    "truncated manifest": Refusal(("manifest.json", "truncated"), (), cut(CHECKPOINT / "manifest.json")),
-    "missing weights": Refusal(("rank-00000.safetensors: missing",), (), remove(CHECKPOINT / "rank-00000.safetensors")),
+    "truncated weights": Refusal(("rank-00000.safetensors", "damaged"), NAMED, cut(CHECKPOINT / "rank-00000.safetensors")),
+    "truncated state": Refusal(("state.json", "damaged"), NAMED, cut(CHECKPOINT / "state.json")),
+    "truncated manifest": Refusal(("manifest.json", "truncated"), NAMED, cut(CHECKPOINT / "manifest.json")),
+    "missing weights": Refusal(("rank-00000.safetensors: missing",), NAMED, remove(CHECKPOINT / "rank-00000.safetensors")),
 }
 
 TOOL_REFUSALS = {
@@ -202,7 +206,9 @@ TOOL_REFUSALS = {
     "export below a file": Refusal(("recipe.yaml",), ("export", "run", "--out", "recipe.yaml/out")),
     "export in no format": Refusal(("int8", "fp32", "bf16", "fp16"), ("export", "run", "--out", "out", "--dtype", "int8")),
     "export without data": Refusal(("data: the data of", "--data FOLDER"), ("export", "run", "--out", "out"), remove("data")),
-    "export with other data": Refusal(("data: is not the data that",), ("export", "run", "--out", "out"), other_data),
+    "export with other data": Refusal(
+        ("data: was not prepared with the tokenizer of run/checkpoints/step-",), ("export", "run", "--out", "out"), other_data
+    ),
     "export with other tokenizer": Refusal(
         ("tokenizer.model: this tokenizer differs",), ("export", "run", "--out", "out"), flip("data/tokenizer.model")
     ),
@@ -268,7 +274,7 @@ def test_unwritable_run_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     def denied(**_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(longtrain.cli.tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr("longtrain.train.run_folder.tempfile.TemporaryFile", denied)
     message = f"the run's folder run cannot be written: {Path.cwd()}: Permission denied"
     refused(Refusal((message,)), "train", "--recipe", "recipe.yaml")
 
@@ -336,7 +342,7 @@ def test_one_refusal_of_two_ranks(damage: Callable[[], None], says: str) -> None
     """What is found when both ranks are up: one of them says it, both end."""
     damage()
     weights = snapshot(Path("run/checkpoints"))
-    more = ("--set", "training.steps=5", "--set", "parallel.cp=2")
+    more = ("--set", "training.steps=5", "--set", "parallel.cp=2", *NAMED)
     done = process(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", SCRIPT, "--recipe", "recipe.yaml", *more)
     assert done.returncode != 0
     assert done.stderr.count(says) == 1, done.stderr

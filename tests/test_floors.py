@@ -21,6 +21,7 @@ FLOORS = {
     "parallel": 2,
     "data": 2,
     "components": 2,
+    "doctor": 3,
     "plan": 3,
     "interop": 3,
     "train": 4,
@@ -32,7 +33,7 @@ GROUND = {"errors", "batch", "files"}
 ONLY_IN = {
     "triton": ("kernels/",),
     "deepspeed": ("parallel/deepspeed.py",),
-    "wandb": ("train/tracking.py",),
+    "wandb": ("train/experiment.py",),
     "transformers": ("interop/",),
     "diffusers": ("interop/",),
     "yaml": ("recipe/",),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -20,18 +21,24 @@ import pytest
 import torch
 
 from longtrain.data.loader import held_out
-from longtrain.errors import LaunchError, LongtrainError
+from longtrain.errors import CheckpointError, DataError, KernelError, LaunchError, LongtrainError, RecipeError
 from longtrain.evaluate.held_out import held_out_loss
+from longtrain.kernels.local import LocalAttend
 from longtrain.parallel import launch
 from longtrain.plan import make_plan
+from longtrain.plan.describe import describe
 from longtrain.recipe.explain import FIELDS, dotted, is_section
 from longtrain.recipe.load import builtin_recipes, dump_recipe, load_recipe, parse_recipe, recipe_hash
 from longtrain.recipe.schema import Recipe
-from longtrain.train.assemble import open_data
-from longtrain.train.checkpoint import read_master
+from longtrain.train.assemble import Run, open_data
+from longtrain.train.checkpoint_folder import read_master
+from longtrain.train.experiment import experiment_trackers
+from longtrain.train.guards import check_skips
 from longtrain.train.resume import CHECKPOINTS, choose
 from longtrain.train.run import run_training
-from longtrain.train.tracking import METRICS_FILE, read_metrics
+from longtrain.train.state import Progress
+from longtrain.train.tracking import METRICS_FILE, Trackers, read_metrics
+from tests.fake_wandb import FakeWandb
 from tests.user import RECIPE, sit_at_desk
 
 # 4 steps, so that schedules can bend
@@ -132,11 +139,6 @@ class Planned:
     given: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class OneChoice:
-    """A field that holds nothing to choose yet; a second member needs a probe."""
-
-
 def planned(look: Callable[[Any], Any], world: int = 1, device: str = "cpu") -> Callable[[Recipe], Any]:
     return lambda recipe: look(make_plan(recipe, world, device))
 
@@ -155,12 +157,26 @@ def ranks_or_refusal(recipe: Recipe) -> object:
         return str(error)
 
 
-PROBES: dict[str, Trained | Planned | OneChoice] = {
+def missing_data(recipe: Recipe) -> str:
+    with pytest.raises(DataError) as refusal:
+        open_data(make_plan(recipe, 1, "cpu"))
+    return str(refusal.value)
+
+
+def scaled(kind: str, **values: object) -> tuple[str, ...]:
+    """Overrides of model.rope_scaling."""
+    given = {"kind": kind or None, **values}
+    return tuple(f"model.rope_scaling.{name}={value}" for name, value in given.items() if value is not None)
+
+
+PROBES: dict[str, Trained | Planned] = {
     "name": Trained(("one", "two"), lambda seen: seen.folder, weights),
     "seed": Trained(("0", "1")),
     "device": Planned(("cpu", "cuda"), device_of),
     "output": Trained(("here", "there"), lambda seen: seen.folder, weights),
-    "model.family": OneChoice(),
+    "model.preset": Planned(("null", "llama-7b"), planned(lambda plan: plan.model.max_positions)),
+    "model.init": Planned(("null", "weights"), planned(lambda plan: dict(describe(plan))["weights"])),
+    "model.family": Trained(("llama", "qwen2")),
     "model.vocab_size": Trained(("320", "330"), losses),
     "model.hidden_size": Trained(("16", "24"), losses),
     "model.layers": Trained(("2", "1"), losses),
@@ -168,21 +184,50 @@ PROBES: dict[str, Trained | Planned | OneChoice] = {
     "model.kv_heads": Trained(("null", "2"), losses),
     "model.head_dim": Trained(("null", "8"), losses),
     "model.intermediate_size": Trained(("24", "32"), losses),
+    "model.max_positions": Planned(("null", "4096"), planned(lambda plan: plan.model.max_positions)),
     "model.rope_theta": Trained(("1e4", "1e2"), losses),
     "model.norm_eps": Trained(("1e-5", "1e-2"), losses),
     "model.tied_embeddings": Trained(("false", "true"), losses),
     "model.window": Trained(("null", "3"), losses),
     "model.init_std": Trained(("0.3", "0.1"), losses),
+    "model.positions.extend": Planned(
+        ("interpolate", "random"),
+        planned(lambda plan: dict(describe(plan))["positions"]),
+        ("model.family=opt", "model.init=weights", "model.max_positions=8"),
+    ),
+    "model.rope_scaling.kind": Trained(("dynamic", "yarn"), losses, given=scaled("", factor=2, original_length=8)),
+    "model.rope_scaling.factor": Trained(("2", "4"), losses, given=scaled("linear")),
+    "model.rope_scaling.original_length": Trained(("8", "16"), losses, given=scaled("dynamic", factor=2)),
+    "model.rope_scaling.low_freq_factor": Trained(("1", "2"), losses, given=scaled("llama3", factor=4, original_length=16)),
+    "model.rope_scaling.high_freq_factor": Trained(("4", "8"), losses, given=scaled("llama3", factor=4, original_length=16)),
+    "model.rope_scaling.beta_fast": Trained(("32", "2"), losses, given=scaled("yarn", factor=4, original_length=4096)),
+    "model.rope_scaling.beta_slow": Trained(("1", "30"), losses, given=scaled("yarn", factor=4, original_length=4096)),
+    "model.rope_scaling.attention_factor": Trained(("1", "2"), losses, given=scaled("yarn", factor=4, original_length=8)),
+    "model.rope_scaling.mscale": Trained(("1", "2"), losses, given=scaled("yarn", factor=4, original_length=8, mscale_all_dim=1)),
+    "model.rope_scaling.mscale_all_dim": Trained(("1", "2"), losses, given=scaled("yarn", factor=4, original_length=8, mscale=1)),
+    "model.rope_scaling.short_factor": Trained(
+        ("[1.0, 1.0]", "[3.0, 1.0]"), losses, given=scaled("longrope", factor=2, original_length=64, long_factor="[1.0, 1.0]")
+    ),
+    "model.rope_scaling.long_factor": Trained(
+        ("[1.0, 1.0]", "[3.0, 1.0]"), losses, given=scaled("longrope", factor=2, original_length=16, short_factor="[1.0, 1.0]")
+    ),
     "data.path": Trained(("data", "other"), losses),
+    "data.sources": Trained(("{data: 1, more: 3}", "{data: 3, more: 1}"), losses, given=("data.path=null",)),
+    "data.long_documents": Trained(("keep", "split"), losses),
+    "data.corpus": Planned(("null", "stdlib"), missing_data, ("data.path=gone",)),
+    "data.tokenizer": Planned(("null", "some.model"), missing_data, ("data.path=gone",)),
     "training.sequence_length": Trained(("32", "24"), lambda seen: (seen.tokens, seen.losses)),
     "training.steps": Trained(("4", "2"), lambda seen: seen.steps),
     "training.batch_size": Trained(("4", "2"), lambda seen: (seen.tokens, seen.losses)),
     "training.micro_batch_size": Planned(("2", "4"), planned(lambda plan: plan.accumulation)),
     "training.precision": Trained(("fp32", "bf16"), losses),
     "training.activations": Planned(("none", "full"), lambda recipe: held(recipe)),
+    "training.max_skipped": Planned(("3", "20"), lambda recipe: refused(skips, recipe)),
+    "training.fused": Planned(("none", "[norm]"), planned(lambda plan: plan.fused)),
     "attention.kernel": Planned(("memory_efficient", "reference"), planned(lambda plan: plan.kernel.kernel.name)),
     "parallel.dp": Planned(("auto", "2"), ranks_or_refusal),
     "parallel.cp": Planned(("1", "2"), planned(lambda plan: (plan.cp, plan.dp, plan.local_length), world=2)),
+    "parallel.ulysses": Planned(("1", "2"), planned(lambda plan: str(plan.layout), world=2), ("parallel.cp=2",)),
     "parallel.layout": Planned(
         ("zigzag", "striped"),
         planned(lambda plan: [plan.layout.chunks(32, 2, rank) for rank in (0, 1)], world=2),
@@ -201,21 +246,59 @@ PROBES: dict[str, Trained | Planned | OneChoice] = {
     "zero.offload": Planned(("none", "cpu"), planned(lambda plan: plan.deepspeed["zero_optimization"])),
     "checkpoint.every": Trained(("1", "3"), lambda seen: seen.checkpoints, weights, ("checkpoint.keep=9",)),
     "checkpoint.keep": Trained(("1", "3"), lambda seen: seen.checkpoints, weights),
+    "checkpoint.on_failure": Planned(("go_on", "stop"), lambda recipe: refused(unsaved, recipe)),
     "evaluation.every": Trained(("null", "1"), lambda seen: seen.held_out, weights),
     "evaluation.sequences": Trained(("1", "4"), lambda seen: seen.held_out, weights),
     "tracking.every": Trained(("1", "3"), lambda seen: len(seen.losses), weights, ("evaluation.every=null",)),
+    "tracking.tensorboard": Planned(("false", "true"), lambda recipe: told(recipe)),
+    "tracking.wandb": Planned(("disabled", "offline"), lambda recipe: told(recipe)),
+    "tracking.project": Planned(("longtrain", "another"), lambda recipe: told(recipe), ("tracking.wandb=offline",)),
+    "tracking.entity": Planned(("null", "somebody"), lambda recipe: told(recipe), ("tracking.wandb=offline",)),
+    "tracking.group": Planned(("null", "some"), lambda recipe: told(recipe), ("tracking.wandb=offline",)),
+    "tracking.tags": Planned(("[]", "[short, long]"), lambda recipe: told(recipe), ("tracking.wandb=offline",)),
 }
+
+
+def refused(act: Callable[[Recipe], None], recipe: Recipe) -> bool:
+    try:
+        act(recipe)
+    except LongtrainError:
+        return True
+    return False
+
+
+def skips(recipe: Recipe) -> None:
+    """Goes on after three steps in a row without an update, or refuses to."""
+    check_skips(Progress(step=9, skipped=3, skipped_in_row=3), recipe.training.max_skipped, Path("nowhere"))
+
+
+def unsaved(recipe: Recipe) -> None:
+    """What a run does about a checkpoint that was not its last and could not be written."""
+    run = types.SimpleNamespace(plan=make_plan(recipe, 1, "cpu"), trackers=Trackers())
+    Run._save_failed(run, CheckpointError("no space left"), last=False)  # type: ignore[arg-type]
+
+
+def told(recipe: Recipe) -> object:
+    """What wandb (a fake one) is told, and how many trackers there are."""
+    fake = sys.modules["wandb"]
+    assert isinstance(fake, FakeWandb)
+    fake.runs.clear()
+    folder = Path(recipe.run_folder)
+    trackers = experiment_trackers(
+        recipe.tracking, name=recipe.name, run_id="id", folder=folder, done=0, config={}, say=lambda text: None
+    )
+    for tracker in trackers:
+        tracker.close()
+    return len(trackers), [(run.mode, {**run.arguments, "dir": None}) for run in fake.runs]
 
 
 def held(recipe: Recipe) -> int:
     """Bytes that autograd holds after a forward of the model that the run builds."""
     from longtrain.attention import AttentionMask, Band
     from longtrain.models import Decoder, initialise
-    from longtrain.train.assemble import build_attend
 
     plan = make_plan(recipe, 1, "cpu")
-    attend = build_attend(plan, None)  # type: ignore[arg-type]
-    model = Decoder(plan.model, attend, recipe.training.activations.value)
+    model = Decoder(plan.model, LocalAttend(plan.kernel.kernel), recipe.training.activations.value)
     initialise(model, 0)
     bytes_held = 0
 
@@ -235,18 +318,20 @@ def _desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("desk")
         sit_at_desk(root, patch)
-        write_other_data(root / "other")
+        patch.setitem(sys.modules, "wandb", FakeWandb())
+        write_data(root / "other", vocab_size=300)
+        write_data(root / "more", tokenizer="data/tokenizer.model")
         yield
 
 
-def write_other_data(out: Path) -> None:
+def write_data(out: Path, **options: Any) -> None:
     from longtrain.data.prepare import prepare
 
     text = out.with_name("text")
-    text.mkdir()
+    text.mkdir(exist_ok=True)
     for number in range(20):
         (text / f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
-    prepare(str(text), out, vocab_size=300, held_out=0.2)
+    prepare(str(text), out, held_out=0.2, **options)
 
 
 FIELD_NAMES = [dotted(path) for path in FIELDS if not is_section(path)]
@@ -259,9 +344,6 @@ def test_every_field_has_a_probe() -> None:
 @pytest.mark.parametrize("field", FIELD_NAMES)
 def test_field_changes_something(field: str) -> None:
     probe = PROBES[field]
-    if isinstance(probe, OneChoice):
-        assert len([choice for name, choice in MEMBERS if name == field]) == 1
-        return
     before, after = ((*probe.given, f"{field}={value}") for value in probe.values)
     if isinstance(probe, Planned):
         assert probe.differs(tiny(*before)) != probe.differs(tiny(*after))
@@ -289,18 +371,43 @@ MEMBERS = [
 MEMBERS += [("zero.stage", str(stage)) for stage in range(4)]
 
 # what else a member needs to be accepted
-WITH = {("schedule.kind", "wsd"): ("schedule.decay_steps=2",)}
+WITH = {
+    ("schedule.kind", "wsd"): ("schedule.decay_steps=2",),
+    ("data.path", "null"): ("data.sources={data: 1, more: 3}",),
+    # long enough for some documents to be left
+    ("data.long_documents", "drop"): ("training.sequence_length=128", "training.batch_size=2"),
+    ("model.positions.extend", "interpolate"): ("model.family=opt",),
+    ("model.positions.extend", "random"): ("model.family=opt",),
+    ("model.rope_scaling.kind", "linear"): scaled("", factor=2),
+    ("model.rope_scaling.kind", "dynamic"): scaled("", factor=2, original_length=16),
+    ("model.rope_scaling.kind", "yarn"): scaled("", factor=2, original_length=16),
+    ("model.rope_scaling.kind", "llama3"): scaled("", factor=2, original_length=16),
+    ("model.rope_scaling.kind", "longrope"): scaled(
+        "", factor=2, original_length=16, short_factor="[1.0, 1.0]", long_factor="[1.0, 2.0]"
+    ),
+}
+# null where something else, a preset or imported weights, has to say it
+NOT_ALONE = {f"model.{name}" for name in ("family", "vocab_size", "hidden_size", "layers", "heads", "intermediate_size")}
 # what a CPU cannot train, and can plan for a GPU
 ON_GPU = {
     ("device", "cuda"): (),
     ("training.precision", "fp16"): ("device=cuda",),
     ("attention.kernel", "triton"): ("device=cuda",),
+    ("attention.kernel", "flash"): ("device=cuda", "training.precision=bf16", "model.head_dim=8"),
 }
 
 
 @pytest.mark.parametrize(("field", "value"), MEMBERS, ids=[f"{name}={value}" for name, value in MEMBERS])
 def test_every_member_runs(field: str, value: str) -> None:
     given = WITH.get((field, value), ())
+    if (field, value) == ("attention.kernel", "cudnn"):
+        with pytest.raises(KernelError, match="cudnn cannot do this: takes no packed documents"):
+            make_plan(tiny("device=cuda", "training.precision=bf16", "model.head_dim=8", f"{field}={value}"), 1, "cuda")
+        return
+    if value == "null" and field in NOT_ALONE:
+        with pytest.raises(RecipeError, match="required key is missing"):
+            tiny(f"{field}=null")
+        return
     if (field, value) in ON_GPU:
         plan = make_plan(tiny(*ON_GPU[field, value], f"{field}={value}"), 1, "cuda")
         assert plan.device == "cuda"

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from longtrain.attention import Attend
 from longtrain.data.loader import Loader
-from longtrain.data.manifest import check_model_vocab
-from longtrain.data.packed import PackedSplit, context_warning
-from longtrain.kernels.local import LocalAttend
+from longtrain.data.mixture import Split
+from longtrain.data.opening import open_split
+from longtrain.errors import CheckpointError
+from longtrain.kernels.layers import choose_layers
 from longtrain.models.decoder import Decoder
 from longtrain.models.initialise import initialise
+from longtrain.models.pretrained import Pretrained, load_pretrained, open_pretrained
 from longtrain.parallel.context import ParallelContext
-from longtrain.parallel.deepspeed import Engine, build_model, probe
+from longtrain.parallel.deepspeed import Engine, Gathered, build_model, probe
 from longtrain.parallel.exchange import ProcessGroupExchange
-from longtrain.parallel.ring import RingAttend
+from longtrain.parallel.ulysses import choose_attend
 from longtrain.plan import Plan
+from longtrain.recipe.schema import SaveFailure
+from longtrain.train.checkpoint import Saver
 from longtrain.train.optim import decay_groups
-from longtrain.train.resume import Start, restore, save_checkpoint
+from longtrain.train.resume import CHECKPOINTS, Start, restore, state_of
 from longtrain.train.state import Progress
 from longtrain.train.tracking import Trackers
 
@@ -31,57 +37,124 @@ VERIFY_BYTES = 4 << 30
 
 @dataclass
 class Run:
-    """A run that is ready to train. `progress` moves; everything else was decided when it was assembled."""
+    """A run that is ready to train. `progress` moves; everything else was decided when it was assembled.
+
+    asked_to_stop: whether this process was. stood_still: seconds that training did for checkpoints since this was last reset.
+    """
 
     plan: Plan
     ctx: ParallelContext
     engine: Engine
-    split: PackedSplit
+    split: Split
     loader: Loader
     folder: Path
     trackers: Trackers = field(default_factory=Trackers)
     progress: Progress = field(default_factory=Progress)
+    asked_to_stop: Callable[[], bool] = lambda: False
+    stood_still: float = 0.0
 
-    def save(self) -> Path:
-        """Writes a checkpoint. A collective of all ranks."""
-        path = save_checkpoint(self.engine, self.plan.recipe, self.split, self.progress, self.folder)
-        self.trackers.say(f"saved {path}")
-        return path
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.ctx)
+        # the step of which there is a checkpoint, or one on its way; at step 0 there is nothing to lose
+        self._saved = self.progress.step
+
+    def save(self, *, last: bool = False) -> None:
+        """Begins a checkpoint, after the one before it is written. A collective of all ranks.
+
+        Raises CheckpointError on every rank where that fails and the recipe, or `last`, says so.
+        """
+        self.settle()
+        began = time.perf_counter()
+        recipe = self.plan.recipe
+        state = state_of(recipe, self.split, self.progress, self.trackers.run_id)
+        try:
+            self._saved = self.progress.step
+            reason = self.saver.begin(self.folder / CHECKPOINTS, self.engine, state, recipe.checkpoint.keep)
+            if reason is not None:
+                self.trackers.say(f"step {self.progress.step}: the checkpoint was written while training stood still: {reason}")
+        except CheckpointError as error:
+            self._save_failed(error, last)
+        self.stood_still += time.perf_counter() - began
+
+    def settle(self, *, last: bool = False) -> None:
+        """Waits until the checkpoint on its way, if any, is written. A collective of all ranks; raises as `save`."""
+        began = time.perf_counter()
+        try:
+            saved = self.saver.settle()
+            if saved is not None:
+                self.trackers.say(f"saved {saved.path}")
+                if saved.remark is not None:
+                    self.trackers.say(f"WARNING: {saved.remark}")
+        except CheckpointError as error:
+            self._save_failed(error, last)
+        self.stood_still += time.perf_counter() - began
+
+    def finish_saving(self) -> None:
+        """Sees to it that the run as it stands is on disk. A collective of all ranks; raises CheckpointError where it cannot be."""
+        self.settle()
+        if self._saved != self.progress.step:
+            self.save(last=True)
+            self.settle(last=True)
+
+    def _save_failed(self, error: CheckpointError, last: bool) -> None:
+        self._saved = -1
+        if last or self.plan.recipe.checkpoint.on_failure is SaveFailure.STOP:
+            raise error
+        self.trackers.say(
+            f"ERROR: a checkpoint could not be saved: {error}\nearlier ones are as they were; the next one is tried when due"
+        )
 
     def close(self) -> None:
+        self.saver.close()
         self.loader.close()
         self.trackers.close()
         self.engine.close()
 
 
-def open_data(plan: Plan) -> tuple[PackedSplit, PackedSplit | None]:
+def open_data(plan: Plan) -> tuple[Split, Split | None]:
     """The training split, and the held-out one where the recipe evaluates. Raises DataError; touches no device."""
-    recipe = plan.recipe
-    train = PackedSplit(recipe.data.path, TRAIN, recipe.training.sequence_length)
-    check_model_vocab(train.manifest, recipe.model.vocab_size)
-    held_out = PackedSplit(recipe.data.path, HELD_OUT, recipe.training.sequence_length) if recipe.evaluation.every else None
-    return train, held_out
+    vocab_size = plan.model.vocab_size
+    train = open_split(plan.recipe, TRAIN, vocab_size)
+    return train, open_split(plan.recipe, HELD_OUT, vocab_size) if plan.recipe.evaluation.every else None
 
 
-def verify_data(splits: Sequence[PackedSplit]) -> None:
+def verify_data(splits: Sequence[Split]) -> None:
     """Raises DataError where a shard is not, byte for byte, what was prepared.
 
     Reads splits up to VERIFY_BYTES; `longtrain check-data` reads larger ones.
     """
     for split in splits:
-        if split.tokens * split.manifest.token_dtype.itemsize <= VERIFY_BYTES:
+        if split.bytes <= VERIFY_BYTES:
             split.verify()
 
 
 def build_attend(plan: Plan, ctx: ParallelContext) -> Attend:
     """The Attend that the model sees."""
-    if plan.cp == 1:
-        return LocalAttend(plan.kernel.kernel)
-    return RingAttend(plan.kernel.kernel, ProcessGroupExchange(ctx.cp_group), plan.layout)
+    return choose_attend(plan.kernel.kernel, ProcessGroupExchange(ctx.cp_group), plan.ring, plan.recipe.parallel.ulysses)
 
 
-def assemble(plan: Plan, ctx: ParallelContext, split: PackedSplit, start: Start) -> Run:
-    """Model, engine and loader of one rank, restored as `start` says. A collective of all ranks."""
+def open_weights(plan: Plan, start: Start) -> Pretrained | None:
+    """The weights of model.init, None where there are none or a checkpoint replaces them anyway.
+
+    Raises CheckpointError where they are not all there; reads headers only.
+    """
+    init = plan.recipe.model.init
+    return None if init is None or start.checkpoint is not None else open_pretrained(Path(init), plan.model)
+
+
+def first_values(plan: Plan, ctx: ParallelContext, start: Start) -> Callable[[Any, Gathered], None]:
+    """What fills a decoder before training: the weights of `open_weights`, or random values."""
+    weights, seed = open_weights(plan, start), plan.recipe.seed
+    if weights is None:
+        return lambda decoder, gathered: initialise(decoder, seed, gathered)
+    extend = plan.recipe.model.positions.extend.value
+    # of the other ranks the values are not used: see `build_model`
+    reads = ctx.is_main
+    return lambda decoder, gathered: load_pretrained(decoder, weights, gathered, seed=seed, extend=extend, reads=reads)
+
+
+def assemble(plan: Plan, ctx: ParallelContext, split: Split, start: Start, *, verified: bool = False) -> Run:
+    """Model, engine and loader of one rank, restored as `start` says. A collective of all ranks. verified: as for `restore`."""
     recipe = plan.recipe
     loader = Loader(
         split,
@@ -94,11 +167,11 @@ def assemble(plan: Plan, ctx: ParallelContext, split: PackedSplit, start: Start)
     probe(ctx, plan.deepspeed)
     attend = build_attend(plan, ctx)
     model = build_model(
-        lambda: Decoder(plan.model, attend, recipe.training.activations.value),
+        lambda: Decoder(plan.model, attend, recipe.training.activations.value, choose_layers(plan.fused)),
         ctx,
         recipe.zero.stage,
         plan.dtype,
-        lambda decoder, gathered: initialise(decoder, recipe.seed, gathered),  # type: ignore[arg-type]
+        first_values(plan, ctx, start),
     )
     engine = Engine(
         model,
@@ -109,11 +182,11 @@ def assemble(plan: Plan, ctx: ParallelContext, split: PackedSplit, start: Start)
         betas=recipe.optimizer.betas,
         eps=recipe.optimizer.eps,
     )
-    progress = Progress() if start.checkpoint is None else restore(engine, start.checkpoint)
+    progress = Progress() if start.checkpoint is None else restore(engine, start.checkpoint, verified=verified)
     return Run(plan, ctx, engine, split, loader, Path(recipe.run_folder), progress=progress)
 
 
-def warnings(split: PackedSplit) -> Sequence[str]:
+def warnings(split: Split) -> Sequence[str]:
     """What the user should know about the data before paying for training."""
-    warning = context_warning(split.context_share(), split.sequence_length)
+    warning = split.warning()
     return [] if warning is None else [f"warning: {split.folder}: {warning}"]

@@ -6,29 +6,32 @@
         manifest.json                Manifest: what there is, with sizes and SHA-256; written last
 
 A checkpoint appears under its name only when it is whole and on disk: it is written to step-N.tmp, synced, and renamed. Nothing
-is pickled. Functions that take an engine are collectives: every rank calls them, and all of them raise if one fails.
+is pickled. Training stands still while the ranges are copied to host memory; a thread of every rank writes them from there, and
+that of the main rank publishes the checkpoint when all have posted that theirs are on disk.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 import longtrain
 from longtrain.errors import CheckpointError, LongtrainError
-from longtrain.files import sha256_of, sync_file, sync_path
+from longtrain.files import sync_path
 from longtrain.parallel.context import ParallelContext
-from longtrain.parallel.deepspeed import MOMENTS, Engine
+from longtrain.parallel.deepspeed import Engine
+from longtrain.parallel.mailbox import Mailbox
+from longtrain.train.checkpoint_folder import KINDS, Pieces, check_files, complete, delete, publish, resolve
 from longtrain.train.checkpoint_format import (
     MANIFEST,
     STATE,
@@ -39,62 +42,177 @@ from longtrain.train.checkpoint_format import (
     read_manifest,
     read_state,
     write_json,
+    write_manifest,
 )
+from longtrain.train.snapshot import SHARE, HostMemory, available_memory, header_of, write_tensors
 
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
-KINDS = ("master", *MOMENTS)
-DAMAGED = "the checkpoint is damaged; delete its folder to go on from an earlier one"
+PATIENCE = 30.0
+"""Seconds that a run which is on its way out waits for what other ranks were writing."""
+OVERHEAD = 64 << 20
+"""Bytes on disk beside the tensors: headers, manifest, what file systems round up."""
+
+
+@dataclass
+class _Save:
+    """A checkpoint on its way. key: under which the ranks post that their part is written."""
+
+    folder: Path
+    final: Path
+    temporary: Path
+    key: str
+    keep: int
+    state: TrainState
+    manifest: Manifest | None
+    error: str | None = None
+    remark: str | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+    thread: threading.Thread | None = None
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A published checkpoint. remark: what went wrong afterwards, or None."""
+
+    path: Path
+    remark: str | None
+
+
+class Saver:
+    """Writes the checkpoints of a run behind its training, one at a time."""
+
+    def __init__(self, ctx: ParallelContext, memory: HostMemory | None = None) -> None:
+        self._ctx, self._memory = ctx, memory or HostMemory(ctx.device)
+        self._mailbox = Mailbox(ctx)
+        self._save: _Save | None = None
+        self._closing: float | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save was begun and not settled; the same on every rank."""
+        return self._save is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the save that was begun is published or has failed, and waits for `settle`; only the main rank knows."""
+        return self._ctx.is_main and self._save is not None and self._save.done.is_set()
+
+    def begin(self, folder: Path, engine: Engine, state: TrainState, keep: int) -> str | None:
+        """Begins to save `folder`/step-N for N = state.step, after which all but the newest `keep` checkpoints are deleted.
+
+        A collective of all ranks, after `settle`. Returns when training may go on, with the reason where everything was written
+        before that. Raises CheckpointError on every rank if any rank fails to begin.
+        """
+        if self._save is not None:
+            raise RuntimeError("a save is on its way: settle it first")
+        if keep < 1:
+            raise CheckpointError(f"checkpoint.keep is {keep}: keep at least 1")
+        engine.create_moments()
+        ranges = [(f"{kind}/{piece.name}@{piece.start}", piece.tensors[kind]) for piece in engine.owned_ranges() for kind in KINDS]
+        final = folder / f"step-{state.step:08d}"
+        save = _Save(folder, final, final.with_name(final.name + ".tmp"), f"{final.name}/{time.time_ns()}", keep, state, None)
+        missing = self._memory.missing(sum(tensor.numel() for _, tensor in ranges))
+
+        def prepare() -> dict[str, Any]:
+            if self._ctx.is_main:
+                save.state = state.model_copy(update={"scaler": engine.scaler_state(), "versions": _versions()})
+                save.manifest = _describe(engine, save.state)
+                _make_room(save, sum(entry.numel for entry in save.manifest.parameters.values()))
+            return {"key": save.key, "host": socket.gethostname(), "missing": missing, "available": available_memory()}
+
+        answers = together(self._ctx, prepare)
+        save.key = answers[0]["key"]
+        too_much = _too_much(answers, socket.gethostname())
+        header, tensors = header_of(ranges), [tensor for _, tensor in ranges]
+        self._save = save
+        if too_much is not None:
+            self._write(save, header, self._memory.stream(tensors))
+            return too_much
+        try:
+            pieces = self._memory.take(tensors)
+        except (MemoryError, RuntimeError) as error:  # what is available cannot always be had
+            self._write(save, header, self._memory.stream(tensors))
+            return f"no memory for a copy: {error}"
+        # not a daemon: the interpreter waits for it before it ends
+        save.thread = threading.Thread(target=self._write, args=(save, header, pieces), name="checkpoint")
+        save.thread.start()
+        return None
+
+    def settle(self) -> Saved | None:
+        """Waits until the checkpoint on its way is published. A collective of all ranks; None where there was none.
+
+        Raises CheckpointError on every rank where it was not; what was there before is then untouched.
+        """
+        save, self._save = self._save, None
+        if save is None:
+            return None
+        save.done.wait()
+        error, remark = json.loads(self._ctx.all_gather_text(json.dumps([save.error, save.remark]))[0])
+        if error is not None:
+            raise CheckpointError(error)
+        return Saved(save.final, remark)
+
+    def close(self) -> None:
+        """Waits for what is on its way, however training ended; if other ranks are gone, not for long."""
+        self._closing = time.monotonic()
+        if self._save is not None:
+            self._save.done.wait()
+
+    def _write(self, save: _Save, header: bytes, pieces: Iterable[Tensor]) -> None:
+        """This rank's part, and on the main rank the rest; never raises."""
+        name = f"rank-{self._ctx.rank:05d}.safetensors"
+        try:
+            post: Any = {"name": name, "entry": write_tensors(save.temporary / name, header, pieces).model_dump()}
+        except Exception as error:
+            post = {"error": _in_words(error)}
+        try:
+            self._mailbox.post(save.key, json.dumps(post))
+            if self._ctx.is_main:
+                self._finish(save)
+        except Exception as error:
+            save.error = _in_words(error)
+            shutil.rmtree(save.temporary, ignore_errors=True)
+        finally:
+            save.done.set()
+
+    def _finish(self, save: _Save) -> None:
+        posts = [json.loads(text) for text in self._mailbox.collect(save.key, self._give_up)]
+        for rank, post in enumerate(posts):
+            if "error" in post:
+                raise CheckpointError(post["error"] if self._ctx.world == 1 else f"rank {rank}: {post['error']}")
+        assert save.manifest is not None
+        files = {post["name"]: FileEntry.model_validate(post["entry"]) for post in posts}
+        files[STATE] = write_json(save.temporary / STATE, save.state)
+        write_manifest(save.temporary / MANIFEST, save.manifest.model_copy(update={"files": files}))
+        publish(save.temporary, save.final)
+        try:
+            for old in complete(save.folder)[: -save.keep]:
+                if old != save.final:
+                    delete(old)
+        except OSError as error:
+            save.remark = f"older checkpoints could not be deleted: {_in_words(error)}"
+
+    def _give_up(self) -> bool:
+        return self._closing is not None and time.monotonic() > self._closing + PATIENCE
 
 
 def save(folder: Path, engine: Engine, state: TrainState, keep: int) -> Path:
     """Write `folder`/step-N for N = state.step, then delete all but the newest `keep` checkpoints; returns its path.
 
-    Raises CheckpointError on every rank if any rank fails; what was there before is then untouched.
+    A collective of all ranks. Raises CheckpointError on every rank if any rank fails; what was there before is then untouched.
     """
-    if keep < 1:
-        raise CheckpointError(f"checkpoint.keep is {keep}: keep at least 1")
-    ctx = engine.ctx
-    final = folder / f"step-{state.step:08d}"
-    temporary = final.with_name(final.name + ".tmp")
-    libraries = ("torch", "deepspeed", "safetensors")
-    versions = {"longtrain": longtrain.__version__} | {name: importlib.metadata.version(name) for name in libraries}
-    state = state.model_copy(update={"scaler": engine.scaler_state(), "versions": versions})
-    engine.create_moments()
-
-    def prepare() -> None:
-        if ctx.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-
-    def write_rank() -> tuple[str, dict[str, Any]]:
-        name = f"rank-{ctx.rank:05d}.safetensors"
-        ranges = [(f"{kind}/{piece.name}@{piece.start}", piece.tensors[kind]) for piece in engine.owned_ranges() for kind in KINDS]
-        return name, _write_tensors(temporary / name, ranges).model_dump()
-
-    def finish() -> None:
-        if ctx.is_main:
-            files[STATE] = write_json(temporary / STATE, state)
-            write_json(temporary / MANIFEST, _describe(engine, state, files))
-            _publish(temporary, final)
-            _prune(folder, keep, final)
-
-    try:
-        _together(ctx, prepare)
-        files = {name: FileEntry.model_validate(entry) for name, entry in _together(ctx, write_rank)}
-        _together(ctx, finish)
-    except CheckpointError:
-        if ctx.is_main:  # every rank is past its writing; what is half there would only fill the disk further
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+    saver = Saver(engine.ctx)
+    saver.begin(folder, engine, state, keep)
+    saved = saver.settle()
+    assert saved is not None
+    return saved.path
 
 
-def load(path: Path, engine: Engine) -> TrainState:
+def load(path: Path, engine: Engine, *, verified: bool = False) -> TrainState:
     """Restore weights, moments, Adam's step and the loss scale from a step folder, or from the newest one under `path`.
 
-    The engine may have another world size or ZeRO stage than the one that saved. Whether the returned state belongs to the same
-    recipe is for the caller to decide. Raises CheckpointError on every rank if the checkpoint is missing, damaged, incomplete or
-    of another model; the engine may then hold parts of it.
+    A collective of all ranks. The engine may have another world size or ZeRO stage than the one that saved. Whether the returned
+    state belongs to the same recipe is for the caller to decide. verified: `check_together` has just run. Raises CheckpointError
+    on every rank if the checkpoint is missing, damaged, incomplete or of another model; the engine may then hold parts of it.
     """
     ctx = engine.ctx
     loaded: list[tuple[Manifest, TrainState]] = []
@@ -102,17 +220,17 @@ def load(path: Path, engine: Engine) -> TrainState:
     def read() -> None:
         step = resolve(path)
         manifest = read_manifest(step)
-        _check_files(step, manifest, sorted(manifest.files)[ctx.rank :: ctx.world])
+        check_files(step, manifest, sorted(manifest.files)[ctx.rank :: ctx.world], content=not verified)
         _check_model(step, manifest, engine)
         state = read_state(step)
-        pieces = _Pieces(step, manifest)
+        pieces = Pieces(step, manifest)
         engine.create_moments()
         for piece in engine.held_ranges():
             for kind, view in piece.tensors.items():
                 pieces.read(kind, piece.name, piece.start, view)
         loaded.append((manifest, state))
 
-    _together(ctx, read)
+    together(ctx, read)
     manifest, state = loaded[0]
     engine.set_adam_steps({name: entry.adam_step for name, entry in manifest.parameters.items()})
     engine.set_scaler_state(state.scaler)
@@ -120,107 +238,24 @@ def load(path: Path, engine: Engine) -> TrainState:
     return state
 
 
-def find_latest(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step under `folder`, None where there is none."""
-    complete = _complete(folder)
-    return complete[-1] if complete else None
+def check_together(ctx: ParallelContext, step: Path) -> None:
+    """Reads every byte of a step folder, each rank a part. A collective; raises CheckpointError on all where a file is damaged."""
+
+    def check() -> None:
+        manifest = read_manifest(step)
+        check_files(step, manifest, sorted(manifest.files)[ctx.rank :: ctx.world])
+
+    together(ctx, check)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what dead runs left half written. For the main rank, at start, before anything is saved."""
-    for leftover in folder.glob("step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def verify(path: Path) -> Manifest:
-    """Check sizes and SHA-256 of every file of a step folder (or the newest one) and that every parameter is covered.
-
-    Raises CheckpointError that names the damaged file or the parameter.
-    """
-    step = resolve(path)
-    manifest = read_manifest(step)
-    _check_files(step, manifest, sorted(manifest.files))
-    read_state(step)
-    pieces = _Pieces(step, manifest)
-    for name, entry in manifest.parameters.items():
-        for kind in KINDS:
-            pieces.find(kind, name, 0, entry.numel)
-    return manifest
-
-
-def read_master(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of a verified checkpoint, whole, fp32, on the host, one at a time; needs no engine and no GPU."""
-    manifest = verify(path)
-    pieces = _Pieces(resolve(path), manifest)
-    for name, entry in manifest.parameters.items():
-        whole = torch.empty(entry.numel, dtype=torch.float32)
-        pieces.read("master", name, 0, whole)
-        yield name, whole.view(entry.shape)
-
-
-def digest_of(step: Path) -> str:
-    """A digest of all that a step folder holds: its manifest has the digest of every file."""
-    return hashlib.sha256((step / MANIFEST).read_bytes()).hexdigest()
-
-
-class _Pieces:
-    """The ranges of all rank files of a checkpoint, as one address space per kind and parameter."""
-
-    def __init__(self, step: Path, manifest: Manifest) -> None:
-        self._step = step
-        self._files: dict[str, Any] = {}
-        self._index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
-        for name in sorted(manifest.files):
-            if name != STATE:
-                self._add(name)
-        for pieces in self._index.values():
-            pieces.sort()
-
-    def _add(self, file: str) -> None:
-        try:
-            handle = self._files[file] = safe_open(self._step / file, framework="pt")
-            for key in handle.keys():  # noqa: SIM118 (not a mapping)
-                match = re.fullmatch(r"([a-z_]+)/(.+)@(\d+)", key)
-                if match is None:
-                    raise CheckpointError(f"{self._step / file}: tensor {key!r} is not a range of a parameter")
-                kind, parameter, start = match[1], match[2], int(match[3])
-                end = start + handle.get_slice(key).get_shape()[0]
-                self._index.setdefault((kind, parameter), []).append((start, end, file, key))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{self._step / file}: not readable: {error}") from error
-
-    def find(self, kind: str, parameter: str, start: int, end: int) -> list[tuple[int, int, str, str]]:
-        """The ranges that overlap [start, end), in order. Raises CheckpointError where they leave a hole."""
-        found, covered = [], start
-        for piece in self._index.get((kind, parameter), []):
-            if piece[1] > covered and piece[0] < end:
-                if piece[0] > covered:
-                    break
-                found.append(piece)
-                covered = piece[1]
-        if covered < end:
-            raise CheckpointError(
-                f"{self._step}: elements {covered} to {end} of {kind} of parameter {parameter} are in none of its files"
-            )
-        return found
-
-    def read(self, kind: str, parameter: str, start: int, out: Tensor) -> None:
-        """Fill `out` [n] with elements [start, start + n) of a parameter."""
-        end = start + out.numel()
-        for piece_start, piece_end, file, key in self.find(kind, parameter, start, end):
-            low, high = max(start, piece_start), min(end, piece_end)
-            values = self._files[file].get_slice(key)[low - piece_start : high - piece_start]
-            out[low - start : high - start].copy_(values)
-
-
-def _together(ctx: ParallelContext, action: Callable[[], Any]) -> list[Any]:
+def together(ctx: ParallelContext, action: Callable[[], Any]) -> list[Any]:
     """Run `action` on every rank; what it returned on each, in rank order, or CheckpointError on all of them."""
     cause: Exception | None = None
     try:
         answer = {"value": action()}
     except Exception as error:
         cause = error
-        answer = {"error": str(error) if isinstance(error, LongtrainError) else f"{type(error).__name__}: {error}"}
+        answer = {"error": _in_words(error)}
     answers = [json.loads(text) for text in ctx.all_gather_text(json.dumps(answer))]
     for rank, other in enumerate(answers):
         if "error" in other:
@@ -228,7 +263,44 @@ def _together(ctx: ParallelContext, action: Callable[[], Any]) -> list[Any]:
     return [other["value"] for other in answers]
 
 
-def _describe(engine: Engine, state: TrainState, files: dict[str, FileEntry]) -> Manifest:
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, LongtrainError) else f"{type(error).__name__}: {error}"
+
+
+def _versions() -> dict[str, str]:
+    libraries = ("torch", "deepspeed", "safetensors")
+    return {"longtrain": longtrain.__version__} | {name: importlib.metadata.version(name) for name in libraries}
+
+
+def _make_room(save: _Save, elements: int) -> None:
+    """An empty folder to write to. Raises CheckpointError where the disk has no room for master weights and moments."""
+    made = not save.folder.exists()
+    shutil.rmtree(save.temporary, ignore_errors=True)
+    save.temporary.mkdir(parents=True)
+    if made:
+        sync_path(save.folder.parent)
+    needed, free = 4 * len(KINDS) * elements + OVERHEAD, shutil.disk_usage(save.temporary).free
+    if free < needed:
+        shutil.rmtree(save.temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"{save.final}: needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free on its disk; free some, or set "
+            "checkpoint.keep lower"
+        )
+
+
+def _too_much(answers: list[dict[str, Any]], host: str) -> str | None:
+    """Why the ranks of this host cannot all copy their part to its memory, None where they can."""
+    here = [answer for answer in answers if answer["host"] == host]
+    needed = sum(answer["missing"] for answer in here)
+    available = min((answer["available"] for answer in here if answer["available"] is not None), default=None)
+    if needed == 0 or available is None or needed <= SHARE * available:
+        return None
+    return (
+        f"a copy for the background needs {needed / 2**30:.2f} GiB of memory on {host}, where {available / 2**30:.2f} GiB are left"
+    )
+
+
+def _describe(engine: Engine, state: TrainState) -> Manifest:
     steps = engine.adam_steps()
     parameters = {
         name: ParameterEntry(shape=list(info.shape), numel=info.numel, dtype=info.dtype, adam_step=steps[name])
@@ -239,89 +311,9 @@ def _describe(engine: Engine, state: TrainState, files: dict[str, FileEntry]) ->
         world=engine.ctx.world,
         stage=engine.stage,
         recipe_sha256=state.recipe_sha256,
-        files=files,
+        files={},
         parameters=parameters,
     )
-
-
-def _write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> FileEntry:
-    """A safetensors file of fp32 tensors, streamed: the library's writer would hold a second copy of all moments on the host."""
-    tensors = list(tensors)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors:
-        start, end = end, end + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
-
-        def put(data: bytes | memoryview) -> None:
-            digest.update(data)
-            file.write(data)
-
-        put(len(text).to_bytes(8, "little"))
-        put(text)
-        for _, tensor in tensors:
-            put(tensor.detach().to("cpu", torch.float32).contiguous().numpy().astype("<f4", copy=False).data)
-        sync_file(file)
-        return FileEntry(size=file.tell(), sha256=digest.hexdigest())
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Make a finished folder appear under its name, on disk."""
-    sync_path(temporary)
-    if final.exists():
-        # Saved before and now again, after a resume from an earlier step. A rename cannot replace a folder that is not empty.
-        _delete(final)
-    temporary.rename(final)
-    sync_path(final.parent)
-
-
-def _prune(folder: Path, keep: int, written: Path) -> None:
-    for old in _complete(folder)[:-keep]:
-        if old != written:
-            _delete(old)
-
-
-def _delete(step: Path) -> None:
-    # Renamed first: a kill in the middle of deleting must not leave something that looks like a checkpoint.
-    doomed = step.with_name(step.name + ".deleted.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    step.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _complete(folder: Path) -> list[Path]:
-    """Whole checkpoints under `folder`, by step."""
-    steps = {path: STEP_FOLDER.fullmatch(path.name) for path in folder.glob("step-*")}
-    complete = [(int(match[1]), path) for path, match in steps.items() if match and (path / MANIFEST).is_file()]
-    return [path for _, path in sorted(complete)]
-
-
-def resolve(path: Path) -> Path:
-    """`path` if it is a step folder, else the newest one under it. Raises CheckpointError where there is none."""
-    if (path / MANIFEST).is_file():
-        return path
-    latest = find_latest(path)
-    if latest is None:
-        if not path.exists():
-            raise CheckpointError(f"{path}: no such folder; name a run's folder or one of its checkpoints")
-        raise CheckpointError(f"{path}: no whole checkpoint here (no {MANIFEST}, and no step-... folder that has one)")
-    return latest
-
-
-def _check_files(step: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    for name in names:
-        path, entry = step / name, manifest.files[name]
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; {DAMAGED}")
-        if path.stat().st_size != entry.size:
-            found = path.stat().st_size
-            raise CheckpointError(f"{path}: {found} bytes instead of {entry.size}; {DAMAGED}")
-        if sha256_of(path) != entry.sha256:
-            raise CheckpointError(f"{path}: SHA-256 differs from the manifest; {DAMAGED}")
 
 
 def _check_model(step: Path, manifest: Manifest, engine: Engine) -> None:

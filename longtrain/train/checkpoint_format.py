@@ -14,6 +14,10 @@ from longtrain.files import write_durably
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+DAMAGED = "the checkpoint is damaged; delete its folder to go on from an earlier one"
+
+UNSIGNED = "0" * 64
+_OWN_DIGEST = re.compile(rb'"sha256": "([0-9a-f]{64})"')
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
@@ -25,15 +29,19 @@ class _Strict(BaseModel):
 class TrainState(_Strict):
     """Where training stands, beside weights and moments.
 
-    step: optimizer steps done. tokens: trained on so far. cursor: sequences consumed. recipe: its text. data: digest of what was
-    trained on. tracker: the id under which the experiment tracker continues the run. scaler and versions are filled in by `save`.
+    step: optimizer steps done. tokens: trained on so far. cursor: sequences consumed. skipped, skipped_in_row: steps without an
+    update, in all and at the end. recipe: its text. data, tokenizer: digests of what was trained on, and of what made its ids.
+    tracker: the id under which the experiment tracker continues the run. scaler and versions are filled in by the save.
     """
 
     step: int = Field(ge=0)
     tokens: int = Field(ge=0)
     cursor: int = Field(ge=0)
+    skipped: int = Field(default=0, ge=0)
+    skipped_in_row: int = Field(default=0, ge=0)
     recipe: str
     data: str = ""
+    tokenizer: str = ""
     tracker: str | None = None
     scaler: dict[str, int | float] | None = None
     versions: dict[str, str] = {}
@@ -61,10 +69,13 @@ class ParameterEntry(_Strict):
 
 
 class Manifest(_Strict):
-    """What a checkpoint consists of. `recipe_sha256` repeats the digest for readers that do not open state.json."""
+    """What a checkpoint consists of. sha256: of the manifest itself, with zeros in its place. `recipe_sha256` repeats the digest
+    for readers that do not open state.json."""
 
     format: Literal["longtrain-checkpoint"] = "longtrain-checkpoint"
-    version: Literal[1] = 1
+    version: Literal[2] = 2
+    # before `files`, so that it is the first of its name in the text
+    sha256: str = UNSIGNED
     step: int = Field(ge=0)
     world: int = Field(ge=1)
     stage: int = Field(ge=0, le=3)
@@ -72,14 +83,34 @@ class Manifest(_Strict):
     files: dict[str, FileEntry]
     parameters: dict[str, ParameterEntry]
 
+    @property
+    def bytes(self) -> int:
+        """Of all files but the manifest itself."""
+        return sum(entry.size for entry in self.files.values())
+
 
 def read_manifest(step: Path) -> Manifest:
-    """The manifest of a step folder. Raises CheckpointError where it is missing, truncated or of something else."""
-    manifest = parse(step / MANIFEST, Manifest)
+    """The manifest of a step folder. Raises CheckpointError where it is missing, truncated, changed or of something else."""
+    path = step / MANIFEST
+    manifest = parse(path, Manifest)
+    if _signed(path.read_bytes(), UNSIGNED)[0] != manifest.sha256:
+        raise CheckpointError(f"{path}: does not match its own SHA-256; {DAMAGED}")
     foreign = [name for name in manifest.files if name != STATE and not re.fullmatch(r"rank-\d{5}\.safetensors", name)]
     if foreign or STATE not in manifest.files:
-        raise CheckpointError(f"{step / MANIFEST}: field files is not that of a checkpoint: {', '.join(foreign) or 'no ' + STATE}")
+        raise CheckpointError(f"{path}: field files is not that of a checkpoint: {', '.join(foreign) or 'no ' + STATE}")
     return manifest
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest with its own digest to disk."""
+    text = _encoded(manifest.model_copy(update={"sha256": UNSIGNED}))
+    write_durably(path, _signed(text, hashlib.sha256(text).hexdigest())[1])
+
+
+def _signed(text: bytes, digest: str) -> tuple[str, bytes]:
+    """SHA-256 of a manifest's text with zeros in the place of its own, and the text with `digest` there."""
+    zeros, signed = (_OWN_DIGEST.sub(b'"sha256": "' + value.encode() + b'"', text, count=1) for value in (UNSIGNED, digest))
+    return hashlib.sha256(zeros).hexdigest(), signed
 
 
 def read_state(step: Path) -> TrainState:
@@ -89,9 +120,13 @@ def read_state(step: Path) -> TrainState:
 
 def write_json(path: Path, model: BaseModel) -> FileEntry:
     """Write a file of a checkpoint to disk, and describe it."""
-    data = (model.model_dump_json(indent=1) + "\n").encode()
+    data = _encoded(model)
     write_durably(path, data)
     return FileEntry(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _encoded(model: BaseModel) -> bytes:
+    return (model.model_dump_json(indent=1) + "\n").encode()
 
 
 def parse(path: Path, kind: type[Parsed]) -> Parsed:

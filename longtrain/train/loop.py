@@ -10,20 +10,23 @@ import torch
 from longtrain.plan import Plan
 from longtrain.plan.speed import peak_flops
 from longtrain.train.assemble import Run
-from longtrain.train.metrics import Metrics, peak_memory_gib, utilisation
+from longtrain.train.guards import check_skips
+from longtrain.train.metrics import Evaluation, Metrics, peak_memory_gib, utilisation
 from longtrain.train.optim import learning_rate
+from longtrain.train.resume import CHECKPOINTS
 from longtrain.train.state import Progress
-from longtrain.train.step import StepOutcome, train_step
+from longtrain.train.step import StepOutcome, prepare_step, train_step
 
-Evaluate = Callable[[Run], float]
-"""The held-out loss of a run as it stands; called by all ranks."""
+Evaluate = Callable[[Run], Evaluation]
+"""The held-out losses of a run as it stands; called by all ranks."""
 
 
 def train(run: Run, *, until: int, evaluate: Evaluate | None = None) -> Progress:
-    """Trains until `until` optimizer steps are done, saving as the recipe says and at the end.
+    """Trains until `until` optimizer steps are done, or some rank is asked to stop; saves as the recipe says and at the end.
 
-    All ranks call it. What is reported does not depend on where a run was stopped and resumed. evaluate: injected by the command
-    line, called where the recipe wants an evaluation.
+    All ranks call it. Raises TrainingError where too many steps in a row had to be skipped, CheckpointError where saving failed and
+    the recipe says stop, or it was the last time. What is reported does not depend on where a run was stopped and
+    resumed. evaluate: injected by the command line, called where the recipe wants an evaluation.
     """
     recipe, plan, ctx = run.plan.recipe, run.plan, run.ctx
     peak = peak_flops(torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu", plan.dtype)
@@ -31,20 +34,30 @@ def train(run: Run, *, until: int, evaluate: Evaluate | None = None) -> Progress
         step = run.progress.step
         lr = _learning_rate(run, step)
         begin = time.perf_counter()
-        outcome = train_step(run.engine, plan, ctx, run.loader.step(run.progress.sequences // recipe.training.batch_size), lr)
+        batches = run.loader.step(run.progress.sequences // recipe.training.batch_size)
+        prepared = prepare_step(plan, ctx, batches, [run.asked_to_stop(), run.saver.finished])
+        stop, finished = prepared.signs
+        if finished:
+            run.settle()
+        if stop:
+            break
+        outcome = train_step(run.engine, plan, ctx, prepared, lr)
         seconds = time.perf_counter() - begin
-        run.progress = run.progress.after_step(recipe.training.batch_size, recipe.training.sequence_length)
+        run.progress = run.progress.after_step(recipe.training.batch_size, recipe.training.sequence_length, skipped=outcome.skipped)
         if outcome.skipped:
             run.trackers.say(f"step {step + 1}: {_skip_reason(plan)}; nothing was updated, on any rank")
         done = step + 1
         final = done == recipe.training.steps
-        eval_loss = None
+        evaluation = None
         if evaluate is not None and _due(done, recipe.evaluation.every, final):
-            eval_loss = evaluate(run)
-        if done % recipe.tracking.every == 0 or eval_loss is not None or final:
-            run.trackers.log(_metrics(run, outcome, eval_loss, lr, seconds, peak))
-        if done % recipe.checkpoint.every == 0 or done == until:
+            evaluation = evaluate(run)
+        if done % recipe.tracking.every == 0 or evaluation is not None or final:
+            run.trackers.log(_metrics(run, outcome, evaluation, lr, seconds, peak))
+            run.stood_still = 0.0
+        check_skips(run.progress, recipe.training.max_skipped, run.folder / CHECKPOINTS)
+        if done % recipe.checkpoint.every == 0:
             run.save()
+    run.finish_saving()
     return run.progress
 
 
@@ -56,7 +69,7 @@ def _due(done: int, every: int | None, final: bool) -> bool:
 def _skip_reason(plan: Plan) -> str:
     if plan.dtype == torch.float16:
         return "the loss scale was too large and is lower now"
-    return "a gradient was not finite"
+    return "a loss or gradient was not finite"
 
 
 def _learning_rate(run: Run, step: int) -> float:
@@ -72,13 +85,15 @@ def _learning_rate(run: Run, step: int) -> float:
     )
 
 
-def _metrics(run: Run, outcome: StepOutcome, eval_loss: float | None, lr: float, seconds: float, peak: float | None) -> Metrics:
+def _metrics(
+    run: Run, outcome: StepOutcome, evaluation: Evaluation | None, lr: float, seconds: float, peak: float | None
+) -> Metrics:
     mfu_causal, mfu_full = utilisation(outcome.flops, seconds, run.ctx.world, peak)
     rate = run.plan.tokens_per_step / seconds
     return Metrics(
         step=run.progress.step,
         loss=outcome.loss,
-        eval_loss=eval_loss,
+        eval_loss=None if evaluation is None else evaluation.loss,
         lr=lr,
         grad_norm=outcome.grad_norm,
         tokens=run.progress.tokens,
@@ -88,4 +103,7 @@ def _metrics(run: Run, outcome: StepOutcome, eval_loss: float | None, lr: float,
         mfu_causal=mfu_causal,
         mfu_full=mfu_full,
         memory_gib=peak_memory_gib(run.ctx.device),
+        eval_by_position=None if evaluation is None else evaluation.by_position,
+        skipped_steps=run.progress.skipped,
+        save_seconds=run.stood_still or None,
     )

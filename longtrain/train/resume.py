@@ -2,50 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from longtrain.data.packed import PackedSplit
+from longtrain.data.mixture import Split
 from longtrain.errors import CheckpointError
+from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine
 from longtrain.recipe.load import dump_recipe, parse_recipe
 from longtrain.recipe.schema import Recipe
 from longtrain.train import checkpoint
+from longtrain.train.checkpoint_folder import check_files, complete, find_latest, resolve
+from longtrain.train.checkpoint_format import STATE, TrainState, read_manifest, read_state
 from longtrain.train.state import Progress
 
 CHECKPOINTS = "checkpoints"
 
 # Fields that a resumed run may change: how the work is done and reported, not what is learnt. A longer run is allowed too, though
-# it moves the learning rate.
-FREE_SECTIONS = {"attention", "parallel", "zero", "checkpoint", "evaluation", "tracking"}
+# it moves the learning rate. What is learnt from is compared by its fingerprint, a preset by the shape that it gives, and where the
+# first weights came from no longer matters.
+FREE_SECTIONS = {"data", "attention", "parallel", "zero", "checkpoint", "evaluation", "tracking"}
 FREE_FIELDS = {
     "name",
     "output",
     "device",
-    "data.path",
+    "model.preset",
+    "model.init",
+    "model.positions.extend",
     "training.steps",
     "training.micro_batch_size",
     "training.activations",
+    "training.fused",
+    "training.max_skipped",
 }
+
+Damaged = tuple[Path, str]
+"""A checkpoint, and what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: at a checkpoint, or at step 0 where there is none. remarks: what to tell the user."""
+    """Where a run begins: at a checkpoint, or at step 0 where there is none.
+
+    remarks: what to tell the user. tracker: the id that an experiment tracker has the run under. damaged: newer checkpoints that
+    were passed over. earlier: given the reason for which this one is passed over too, where the run begins then; None where nothing
+    but this one will do.
+    """
 
     checkpoint: Path | None
     remarks: tuple[str, ...] = ()
+    tracker: str | None = None
+    damaged: tuple[Path, ...] = ()
+    earlier: Callable[[str], Start] | None = None
 
 
-def choose(recipe: Recipe, split: PackedSplit, wanted: str) -> Start:
-    """Resolves --resume auto | never | PATH for this recipe and data; reads small files only, writes nothing.
+def choose(recipe: Recipe, split: Split, wanted: str, *, force: bool = False) -> Start:
+    """Resolves --resume auto | never | PATH for the recipe of a plan and its data; reads small files only, writes nothing.
 
-    Raises CheckpointError where the checkpoint is missing, of another recipe or of other data, or would be written over.
+    auto: the newest checkpoint of the run that is all there; `confirm` reads its bytes. force: go on from one of another recipe or
+    of other data. Raises CheckpointError where the checkpoint is missing, damaged, of another recipe or of other data, or would be
+    written over.
     """
     folder = Path(recipe.run_folder) / CHECKPOINTS
-    latest = checkpoint.find_latest(folder)
+    latest = find_latest(folder)
     if wanted == "never":
         if latest is not None:
             raise CheckpointError(
@@ -54,65 +75,129 @@ def choose(recipe: Recipe, split: PackedSplit, wanted: str) -> Start:
             )
         return Start(None)
     if wanted == "auto":
-        path = latest
-    else:
-        path = find_checkpoint(Path(wanted))
-        if latest is not None and latest.resolve() != path.resolve():
-            # going on from an older step here would leave two futures in one folder, and auto would take the abandoned one
-            raise CheckpointError(
-                f"{folder}: holds checkpoints up to {latest.name}; to go on from {path} instead, set another name or output, or "
-                "delete the newer ones"
-            )
-    if path is None:
-        return Start(None)
-    checkpoint.read_manifest(path)  # a folder of something else is refused as such
-    state = checkpoint.read_state(path)
-    changes = list(_changes(parse_recipe(state.recipe, f"{path}/state.json"), recipe))
-    _refuse_other_run(path, changes)
-    if state.data != split.manifest.fingerprint("train"):
+        return _newest(recipe, split, force, ())
+    path = find_checkpoint(Path(wanted))
+    if latest is not None and latest.resolve() != path.resolve():
+        # going on from an older step here would leave two futures in one folder, and auto would take the abandoned one
         raise CheckpointError(
-            f"{path}: was trained on other data than {split.folder} (other tokens, documents or tokenizer); "
-            "set data.path to the data of that run, or start a new run under another name"
+            f"{folder}: holds checkpoints up to {latest.name}; to go on from {path} instead, set another name or output, or "
+            "delete the newer ones"
         )
+    _check_sizes(path)
+    return _start_at(path, recipe, split, force)
+
+
+def confirm(ctx: ParallelContext, start: Start) -> Start:
+    """`start` when every byte of its checkpoint is what was written, or an earlier one of the run. A collective of all ranks.
+
+    Raises CheckpointError on every rank where there is none, or where the user asked for this one.
+    """
+    while start.checkpoint is not None:
+        try:
+            checkpoint.check_together(ctx, start.checkpoint)
+            return start
+        except CheckpointError as error:
+            if start.earlier is None:
+                raise
+            start = start.earlier(str(error))
+    return start
+
+
+def _newest(recipe: Recipe, split: Split, force: bool, damaged: Sequence[Damaged]) -> Start:
+    """The newest checkpoint of a run that is not `damaged` and has all its files."""
+    damaged, passed = list(damaged), {path for path, _ in damaged}
+    for path in reversed(complete(Path(recipe.run_folder) / CHECKPOINTS)):
+        if path in passed:
+            continue
+        try:
+            _check_sizes(path)
+        except CheckpointError as error:
+            damaged.append((path, str(error)))
+            continue
+        start = _start_at(path, recipe, split, force)
+        return replace(
+            start,
+            remarks=(*(f"WARNING: passed over {bad.name}: {reason}" for bad, reason in damaged), *start.remarks),
+            damaged=tuple(bad for bad, _ in damaged),
+            earlier=lambda reason, path=path: _newest(recipe, split, force, [*damaged, (path, reason)]),
+        )
+    if damaged:
+        lines = "\n".join(f"  {reason}" for _, reason in damaged)
+        raise CheckpointError(f"every checkpoint of this run is damaged:\n{lines}\nto start again from step 0, delete them")
+    return Start(None)
+
+
+def _check_sizes(path: Path) -> None:
+    """What can be told of a checkpoint without reading its tensors."""
+    manifest = read_manifest(path)
+    check_files(path, manifest, sorted(manifest.files), content=False)
+    check_files(path, manifest, [STATE])
+    read_state(path)
+
+
+def _start_at(path: Path, recipe: Recipe, split: Split, force: bool) -> Start:
+    """A start at this checkpoint. Raises CheckpointError where it is of another recipe or of other data, unless forced."""
+    state = read_state(path)
+    changes = list(_changes(parse_recipe(state.recipe, f"{path}/state.json"), recipe))
     remarks = [f"resuming {path} (step {state.step})"]
-    remarks += [f"changed since that checkpoint: {field}: {before} -> {after}" for field, before, after in changes]
-    if any(field == "training.steps" for field, _, _ in changes) and recipe.schedule.kind != "constant":
+    refusals = [*_other_run(path, changes), *_other_data(path, state, split)]
+    if refusals and not force:
+        raise CheckpointError(refusals[0])
+    # the fields follow among the changes
+    remarks += [f"WARNING: forced to go on, although {refusal.splitlines()[0].rstrip(':')}" for refusal in refusals]
+    remarks += [f"changed since that checkpoint: {name}: {before} -> {after}" for name, before, after in changes]
+    if any(name == "training.steps" for name, _, _ in changes) and recipe.schedule.kind != "constant":
         remarks.append(
             f"the {recipe.schedule.kind} schedule now ends at step {recipe.training.steps}: the learning rate jumps here"
         )
-    return Start(path, tuple(remarks))
+    # a run of its own that goes on from the checkpoint of another has an id of its own
+    own = path.parent.resolve() == (Path(recipe.run_folder) / CHECKPOINTS).resolve()
+    return Start(path, tuple(remarks), state.tracker if own else None)
 
 
 def find_checkpoint(run: Path) -> Path:
     """The newest checkpoint of a run's folder, or the one at that path. Raises CheckpointError where there is none."""
-    return checkpoint.resolve(run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run)
+    return resolve(run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run)
 
 
-def restore(engine: Engine, start: Path) -> Progress:
-    """Loads a checkpoint into the engine. A collective of all ranks."""
-    state = checkpoint.load(start, engine)
-    return Progress(state.step, state.tokens, state.cursor)
+def restore(engine: Engine, start: Path, *, verified: bool = False) -> Progress:
+    """Loads a checkpoint into the engine. A collective of all ranks. verified: `confirm` has just read it."""
+    state = checkpoint.load(start, engine, verified=verified)
+    return Progress(state.step, state.tokens, state.cursor, state.skipped, state.skipped_in_row)
 
 
-def save_checkpoint(engine: Engine, recipe: Recipe, split: PackedSplit, progress: Progress, folder: Path) -> Path:
-    """Writes a checkpoint into the run's folder. A collective of all ranks."""
-    state = checkpoint.TrainState(
+def state_of(recipe: Recipe, split: Split, progress: Progress, tracker: str | None) -> TrainState:
+    """What a checkpoint holds beside weights and moments; tracker: as in `Start`, on the main rank."""
+    return TrainState(
         step=progress.step,
         tokens=progress.tokens,
         cursor=progress.sequences,
+        skipped=progress.skipped,
+        skipped_in_row=progress.skipped_in_row,
         recipe=dump_recipe(recipe),
-        data=split.manifest.fingerprint("train"),
+        data=split.fingerprint,
+        tokenizer=split.tokenizer.fingerprint,
+        tracker=tracker,
     )
-    return checkpoint.save(folder / CHECKPOINTS, engine, state, recipe.checkpoint.keep)
 
 
-def _refuse_other_run(path: Path, changes: list[tuple[str, Any, Any]]) -> None:
+def _other_data(path: Path, state: TrainState, split: Split) -> Iterator[str]:
+    if state.data != split.fingerprint:
+        yield (
+            f"{path}: was trained on other data than {split.folder} (other tokens, documents or tokenizer, other weights in "
+            "data.sources, or another data.long_documents); set the section data to what that run had, start a new run under "
+            "another name, or go on all the same with --force-resume"
+        )
+
+
+def _other_run(path: Path, changes: list[tuple[str, Any, Any]]) -> Iterator[str]:
     fixed = [change for change in changes if change[0] not in FREE_FIELDS and change[0].split(".")[0] not in FREE_SECTIONS]
     if fixed:
         lines = "\n".join(f"  {field}: {before} in the checkpoint, {after} in this recipe" for field, before, after in fixed)
-        raise CheckpointError(
-            f"{path}: is a checkpoint of another recipe:\n{lines}\nset these back; or start from step 0 without that checkpoint, "
-            "under a name of its own (starting a run from the weights of another is not implemented yet)"
+        yield (
+            f"{path}: is a checkpoint of another recipe:\n{lines}\nset these back; or go on all the same with --force-resume; or "
+            f"start from step 0 under a name of its own, if you like with these weights: `longtrain export {path} --out FOLDER "
+            "--dtype fp32`, then model.init FOLDER"
         )
 
 

@@ -3,51 +3,70 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 import longtrain
-from longtrain.data.packed import PackedSplit
-from longtrain.files import replace_durably
+from longtrain.data.mixture import Split
 from longtrain.parallel.context import ParallelContext
 from longtrain.plan import Plan
-from longtrain.recipe.load import dump_recipe
 from longtrain.train.assemble import Run, assemble, warnings
-from longtrain.train.checkpoint import digest_of, remove_leftovers
+from longtrain.train.checkpoint_folder import digest_of, remove_leftovers, set_aside
+from longtrain.train.experiment import choose_id, experiment_trackers
 from longtrain.train.loop import Evaluate, train
-from longtrain.train.resume import CHECKPOINTS, Start, flat
+from longtrain.train.resume import CHECKPOINTS, Start, confirm, flat
+from longtrain.train.run_folder import environment, explain, tracker_config, worth_keeping
 from longtrain.train.state import Progress
-from longtrain.train.tracking import METRICS_FILE, JsonLines, Terminal, Trackers
+from longtrain.train.tracking import METRICS_FILE, Background, JsonLines, Redrawn, Terminal, Trackers
 
-RECIPE_FILE = "recipe.yaml"
+Draw = Callable[[], Sequence[Path]]
 
 
 def run_training(
-    plan: Plan, ctx: ParallelContext, split: PackedSplit, start: Start, *, until: int | None, evaluate: Evaluate | None
+    plan: Plan,
+    ctx: ParallelContext,
+    split: Split,
+    start: Start,
+    *,
+    until: int | None,
+    evaluate: Evaluate | None,
+    draw: Draw | None = None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Progress:
-    """Trains up to `until` steps, or to the recipe's last. A collective of all ranks; returns how far the run is."""
+    """Trains up to `until` steps, or to the recipe's last. A collective of all ranks; returns how far the run is.
+
+    draw: draws the plots of the run's folder, on the main rank, and says where they are. asked_to_stop: whether this process was;
+    the run then stops, saved, before its next step.
+    """
     steps = plan.recipe.training.steps
     goal = steps if until is None else min(until, steps)
-    run = assemble(plan, ctx, split, start)
+    start = confirm(ctx, start)
+    run = assemble(plan, ctx, split, start, verified=True)
+    run.asked_to_stop = asked_to_stop
     try:
         if run.progress.step >= goal:
             if ctx.is_main:
                 Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
             return run.progress
+        record = environment(ctx, run.progress.step)
         if ctx.is_main:
-            _open_folder(run, start)
-        return train(run, until=goal, evaluate=evaluate)
+            _open_folder(run, start, record, draw)
+        progress = train(run, until=goal, evaluate=evaluate)
+        if ctx.is_main:
+            run.trackers.keep([*(draw() if draw else ()), *worth_keeping(run.folder)])
+        return progress
     finally:
         run.close()
 
 
-def facts_of(plan: Plan, splits: Sequence[PackedSplit], start: Start, until: int | None) -> dict[str, str]:
+def facts_of(plan: Plan, splits: Sequence[Split], start: Start, until: int | None) -> dict[str, str]:
     """What all ranks of a run must have in common, for `check_agreement`: recipe, data, checkpoint, versions."""
     facts = {f"recipe field {field}": repr(value) for field, value in flat(plan.recipe.model_dump(mode="json")).items()}
-    facts |= {f"data ({split.split})": split.manifest.fingerprint(split.split) for split in splits}
+    facts |= {f"data ({split.split})": split.fingerprint for split in splits}
     facts["checkpoint"] = "none" if start.checkpoint is None else f"{start.checkpoint.name} {digest_of(start.checkpoint)}"
     facts["--until"] = str(until)
     return facts | {"longtrain version": longtrain.__version__, "torch version": str(torch.__version__)}
@@ -59,16 +78,24 @@ def _nothing_to_do(run: Run, goal: int) -> str:
     return f"nothing to do: {run.folder} is at step {step} already; to train on, {more}"
 
 
-def _open_folder(run: Run, start: Start) -> None:
-    """The run's folder, its resolved recipe, and the trackers."""
+def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw | None) -> None:
+    """The run's folder, what explains it, and the trackers."""
     recipe, done = run.plan.recipe, run.progress.step
     remove_leftovers(run.folder / CHECKPOINTS)
-    run.folder.mkdir(parents=True, exist_ok=True)
-    replace_durably(run.folder / RECIPE_FILE, dump_recipe(recipe).encode())
+    aside = [f"{path.name} is now {set_aside(path).name}" for path in start.damaged]
+    explain(run.folder, run.plan, record)
     console = Console(file=sys.stdout)
     console.print(_headline(run.plan), highlight=False, soft_wrap=True)
-    run.trackers = Trackers([JsonLines(run.folder / METRICS_FILE, done), Terminal(console, recipe.training.steps, done)])
-    for line in (*start.remarks, *warnings(run.split)):
+    terminal, lines = Terminal(console, recipe.training.steps, done), JsonLines(run.folder / METRICS_FILE, done)
+    run_id = choose_id(recipe.tracking, start.tracker)
+    config = tracker_config(run.plan, record)
+    more = experiment_trackers(
+        recipe.tracking, name=recipe.name, run_id=run_id, folder=run.folder, done=done, config=config, say=terminal.say
+    )
+    if draw is not None:
+        more.append(Background("plots", lambda: Redrawn(draw), terminal.say))
+    run.trackers = Trackers([lines, terminal, *more], run_id)
+    for line in (*start.remarks, *aside, *warnings(run.split)):
         run.trackers.say(line)
 
 

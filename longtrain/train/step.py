@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from longtrain.batch import Batch
 from longtrain.models.flops import Flops, training_flops
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine
-from longtrain.parallel.loss import count_tokens, loss_scale
+from longtrain.parallel.loss import loss_scale
 from longtrain.parallel.shard import Shard, shard_batch
 from longtrain.plan import Plan
+from longtrain.train.guards import poison_if_broken
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a step works on. tokens: trainable labels of all ranks in the whole window. signs: each whether some rank gave it."""
+
+    batches: Sequence[Batch]
+    shards: Sequence[Shard]
+    tokens: int
+    signs: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
 class StepOutcome:
     """loss: mean over the trainable tokens of all ranks, nan where there is none. grad_norm: global, before clipping. flops: of
-    all ranks. skipped: the fp16 scaler refused the update."""
+    all ranks. skipped: a loss or gradient of some rank was not finite, and nothing was updated on any."""
 
     loss: float
     grad_norm: float
@@ -30,17 +43,25 @@ def shards_of(batches: Sequence[Batch], plan: Plan, ctx: ParallelContext) -> lis
     return [shard_batch(batch, plan.layout, plan.cp, ctx.cp_rank, plan.band) for batch in batches]
 
 
-def train_step(engine: Engine, plan: Plan, ctx: ParallelContext, batches: Sequence[Batch], lr: float) -> StepOutcome:
-    """Forward and backward over every micro batch, then one update with learning rate `lr`."""
+def prepare_step(plan: Plan, ctx: ParallelContext, batches: Sequence[Batch], signs: Sequence[bool] = ()) -> Prepared:
+    """Cuts the batches and counts their tokens; the ranks agree on `signs` in the same exchange. A collective of all ranks."""
     shards = shards_of(batches, plan, ctx)
-    tokens = count_tokens(ctx, sum(shard.trainable for shard in shards))
+    tokens, *given = ctx.all_reduce_sum([sum(shard.trainable for shard in shards), *(int(sign) for sign in signs)])
+    return Prepared(batches, shards, int(tokens), tuple(count > 0 for count in given))
+
+
+def train_step(engine: Engine, plan: Plan, ctx: ParallelContext, step: Prepared, lr: float) -> StepOutcome:
+    """Forward and backward over every micro batch, then one update with learning rate `lr`."""
+    batches, tokens = step.batches, step.tokens
     scale = loss_scale(world=ctx.world, accumulation=plan.accumulation, tokens=tokens)
     engine.set_lr(lr)
-    sums = []
-    for shard in (shard.to(ctx.device) for shard in shards):
+    sums: list[Tensor] = []
+    for number, shard in enumerate(shard.to(ctx.device) for shard in step.shards):
         loss_sum = engine.forward(shard.tokens, shard.positions, shard.mask, shard.labels)
-        engine.backward(loss_sum, scale)
         sums.append(loss_sum.detach())
+        if number == len(step.shards) - 1:
+            loss_sum = poison_if_broken(loss_sum, sums[:-1])
+        engine.backward(loss_sum, scale)
     result = engine.step()
     causal, full = _flops(plan, batches) if ctx.cp_rank == 0 else (0, 0)
     local_loss = sum(float(loss) for loss in sums)

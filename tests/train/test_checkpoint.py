@@ -1,23 +1,27 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from longtrain.errors import CheckpointError
 from longtrain.parallel.context import ParallelContext
-from longtrain.parallel.deepspeed import MOMENTS, ParameterInfo, Range
+from longtrain.parallel.deepspeed import MOMENTS
 from longtrain.train import checkpoint
-from longtrain.train.checkpoint import TrainState, find_latest, load, read_master, remove_leftovers, save, verify
+from longtrain.train.checkpoint import load, save
+from longtrain.train.checkpoint_folder import find_latest, read_master, remove_leftovers, verify
+from longtrain.train.checkpoint_format import Manifest, write_manifest
+from longtrain.train.snapshot import header_of, write_tensors
 from tests.distributed import run_ranks
+from tests.one_rank import OneRank, make_state
 from tests.toy import assemble, digest, loss_of, make_engine, owned, train
 
 FIRST, ALL = range(3), range(6)
@@ -25,10 +29,6 @@ FP32 = [{"stage": stage, "accumulation": a} for stage in range(4) for a in (1, 2
 BF16 = [{"stage": stage, "accumulation": stage % 2 + 1, "precision": "bf16", "grad_clip": 0.5} for stage in (1, 2, 3)]
 OFFLOAD = [{"stage": stage, "precision": "bf16", "offload": "cpu"} for stage in (1, 2, 3)]
 CASES: list[dict[str, Any]] = [*FP32, *BF16, *OFFLOAD]
-
-
-def _state(step: int, **more: Any) -> TrainState:
-    return TrainState(step=step, tokens=1000 * step, cursor=4 * step, recipe="name: toy\n", tracker="run-1", **more)
 
 
 def _folder(base: str, world: int, index: int) -> Path:
@@ -42,7 +42,7 @@ def _save_all(ctx: ParallelContext, base: str) -> list[Any]:
         engine = make_engine(ctx, **case)
         train(engine, FIRST)
         # Saving must not change training either.
-        save(_folder(base, ctx.world, index), engine, _state(3), keep=1)
+        save(_folder(base, ctx.world, index), engine, make_state(3), keep=1)
         middle, held = digest(engine), owned(engine)
         train(engine, range(3, 6))
         seen.append((middle, digest(engine), held, loss_of(engine)))
@@ -55,16 +55,16 @@ def _failing_save(ctx: ParallelContext, base: str) -> list[str]:
     """The last rank cannot write: all ranks learn it, and the earlier checkpoint is still the latest."""
     engine = make_engine(ctx, stage=1)
     folder = Path(base) / f"failing{ctx.world}"
-    save(folder, engine, _state(0), keep=1)
+    save(folder, engine, make_state(0), keep=1)
     with pytest.MonkeyPatch.context() as patch:
         if ctx.rank == ctx.world - 1:
 
             def full(*arguments: Any) -> None:
                 raise OSError(28, "No space left on device")
 
-            patch.setattr(checkpoint, "_write_tensors", full)
+            patch.setattr(checkpoint, "write_tensors", full)
         with pytest.raises(CheckpointError) as caught:
-            save(folder, engine, _state(1), keep=1)
+            save(folder, engine, make_state(1), keep=1)
     latest = find_latest(folder)
     engine.close()
     return [str(caught.value), latest.name if latest else "none"]
@@ -133,7 +133,7 @@ def test_resuming_in_new_processes_is_bitwise(saved: tuple[str, dict[int, Any]],
             assert end == end_again, case
             assert loss == loss_again, case
             assert (state.step, state.tokens, state.cursor, state.tracker) == (3, 3000, 12, "run-1")
-            assert state.recipe_sha256 == _state(0).recipe_sha256
+            assert state.recipe_sha256 == make_state(0).recipe_sha256
             assert set(state.versions) == {"longtrain", "torch", "deepspeed", "safetensors"}
         for index, control in resumed[rank][-1].items():
             assert control != straight[world][rank][index][1], f"forgetting state changed nothing: {CASES[index]}"
@@ -176,60 +176,19 @@ def test_read_master_gives_whole_parameters_from_two_ranks(saved: tuple[str, dic
         assert all(torch.equal(found[name].flatten(), wanted[name]) for name in wanted), case
 
 
-class OneRank:
-    """The part of Engine that checkpoints use, over two plain tensors."""
-
-    stage = 1
-
-    def __init__(self, names: tuple[str, ...] = ("a", "b")) -> None:
-        self.ctx = ParallelContext(0, 1, 0, 1, 1, 0, 0, None, torch.device("cpu"), timedelta(seconds=9))
-        kinds = ("master", *MOMENTS)
-        self.values = {name: {kind: torch.randn(6) for kind in kinds} for name in names}
-        self.steps = dict.fromkeys(names, 5)
-        self.scaler: dict[str, int | float] | None = {"cur_scale": 65536.0, "cur_iter": 7}
-        self.refreshed = False
-
-    def owned_ranges(self) -> Iterator[Range]:
-        for name, tensors in self.values.items():
-            for start, end in ((0, 4), (4, 6)):
-                yield Range(name, start, end - start, {kind: value[start:end] for kind, value in tensors.items()})
-
-    held_ranges = owned_ranges
-
-    def parameters(self) -> dict[str, ParameterInfo]:
-        return dict.fromkeys(self.values, ParameterInfo((2, 3), 6, "bfloat16"))
-
-    def create_moments(self) -> None: ...
-
-    def adam_steps(self) -> dict[str, int]:
-        return self.steps
-
-    def set_adam_steps(self, steps: dict[str, int]) -> None:
-        self.steps = steps
-
-    def scaler_state(self) -> dict[str, int | float] | None:
-        return self.scaler
-
-    def set_scaler_state(self, state: dict[str, int | float] | None) -> None:
-        self.scaler = state
-
-    def refresh_weights(self) -> None:
-        self.refreshed = True
-
-
 @pytest.fixture
 def engine() -> Any:
     return OneRank()
 
 
 def test_save_and_load_are_inverse(tmp_path: Path, engine: Any) -> None:
-    path = save(tmp_path / "deep" / "run", engine, _state(12), keep=2)
+    path = save(tmp_path / "deep" / "run", engine, make_state(12), keep=2)
     assert path.name == "step-00000012"
     assert sorted(file.name for file in path.iterdir()) == ["manifest.json", "rank-00000.safetensors", "state.json"]
     other = OneRank()
     other.scaler = None
     state = load(tmp_path / "deep" / "run", other)  # type: ignore[arg-type]
-    assert state == _state(12, scaler=engine.scaler, versions=state.versions)
+    assert state == make_state(12, scaler=engine.scaler, versions=state.versions)
     assert other.steps == engine.steps
     assert other.scaler == {"cur_scale": 65536.0, "cur_iter": 7}
     assert other.refreshed
@@ -238,14 +197,14 @@ def test_save_and_load_are_inverse(tmp_path: Path, engine: Any) -> None:
 
 
 def test_files_are_plain_safetensors(tmp_path: Path, engine: Any) -> None:
-    path = save(tmp_path, engine, _state(1), keep=1)
+    path = save(tmp_path, engine, make_state(1), keep=1)
     with safe_open(path / "rank-00000.safetensors", framework="pt") as file:
         assert set(file.keys()) == {f"{k}/{n}@{s}" for k in ("master", *MOMENTS) for n in "ab" for s in (0, 4)}
         assert torch.equal(file.get_tensor("exp_avg/b@4"), engine.values["b"]["exp_avg"][4:])
 
 
 def test_a_rank_that_owns_nothing_writes_an_empty_file(tmp_path: Path) -> None:
-    entry = checkpoint._write_tensors(tmp_path / "rank-00000.safetensors", [])
+    entry = write_tensors(tmp_path / "rank-00000.safetensors", header_of([]), [])
     with safe_open(tmp_path / "rank-00000.safetensors", framework="pt") as file:
         assert list(file.keys()) == []
     assert entry.size == (tmp_path / "rank-00000.safetensors").stat().st_size
@@ -253,7 +212,7 @@ def test_a_rank_that_owns_nothing_writes_an_empty_file(tmp_path: Path) -> None:
 
 def test_keep_and_leftovers(tmp_path: Path, engine: Any) -> None:
     for step in (1, 2, 30, 4):
-        save(tmp_path, engine, _state(step), keep=2)
+        save(tmp_path, engine, make_state(step), keep=2)
     # 4 was just written, and stays although two later steps exist.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000030"]
     latest = find_latest(tmp_path)
@@ -266,13 +225,13 @@ def test_keep_and_leftovers(tmp_path: Path, engine: Any) -> None:
     assert not (tmp_path / "step-00000099.tmp").exists()
     assert find_latest(tmp_path / "nowhere") is None
     with pytest.raises(CheckpointError, match="keep at least 1"):
-        save(tmp_path, engine, _state(5), keep=0)
+        save(tmp_path, engine, make_state(5), keep=0)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path, engine: Any) -> None:
-    save(tmp_path, engine, _state(7), keep=1)
+    save(tmp_path, engine, make_state(7), keep=1)
     engine.values["a"]["master"].fill_(3.0)
-    path = save(tmp_path, engine, _state(7), keep=1)
+    path = save(tmp_path, engine, make_state(7), keep=1)
     assert dict(read_master(path))["a"].tolist() == [[3.0] * 3] * 2
     assert [folder.name for folder in tmp_path.iterdir()] == ["step-00000007"]
 
@@ -292,7 +251,7 @@ def test_order_of_writing(tmp_path: Path, engine: Any, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "fsync", spy_sync)
     monkeypatch.setattr(Path, "rename", spy_rename)
-    save(tmp_path, engine, _state(1), keep=1)
+    save(tmp_path, engine, make_state(1), keep=1)
     assert events == [
         "sync rank-00000.safetensors",
         "sync state.json",
@@ -307,7 +266,7 @@ def test_order_of_writing(tmp_path: Path, engine: Any, monkeypatch: pytest.Monke
 def test_a_failed_save_leaves_the_last_checkpoint(
     tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    save(tmp_path, engine, _state(1), keep=1)
+    save(tmp_path, engine, make_state(1), keep=1)
 
     def fail(*arguments: Any) -> None:
         raise OSError(5, "Input/output error")
@@ -315,11 +274,11 @@ def test_a_failed_save_leaves_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fail) if moment == "sync" else patch.setattr(Path, "rename", fail)
         with pytest.raises(CheckpointError, match="Input/output error"):
-            save(tmp_path, engine, _state(2), keep=1)
+            save(tmp_path, engine, make_state(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"], "what is half written would only fill the disk"
     assert find_latest(tmp_path) == tmp_path / "step-00000001"
     verify(tmp_path)
-    save(tmp_path, engine, _state(2), keep=1)
+    save(tmp_path, engine, make_state(2), keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
@@ -330,7 +289,11 @@ def _flip(path: Path) -> None:
 
 
 def _edit(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    """A manifest that is signed anew where it still is one."""
+    changed = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps(changed))
+    with contextlib.suppress(ValidationError):
+        write_manifest(path, Manifest.model_validate(changed))
 
 
 def _drop_range(path: Path) -> None:
@@ -339,7 +302,7 @@ def _drop_range(path: Path) -> None:
     with safe_open(file, framework="pt") as handle:
         tensors: dict[str, Tensor] = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
     del tensors["exp_avg_sq/b@4"]
-    entry = checkpoint._write_tensors(file, tensors.items())
+    entry = write_tensors(file, header_of(list(tensors.items())), tensors.values())
     files = json.loads((path / "manifest.json").read_text())["files"]
     _edit(path / "manifest.json", files=files | {file.name: entry.model_dump()})
 
@@ -351,7 +314,7 @@ DAMAGE = {
     "gone": (lambda p: (p / "rank-00000.safetensors").unlink(), r"rank-00000\.safetensors: missing"),
     "manifest cut": (lambda p: os.truncate(p / "manifest.json", 40), r"manifest\.json: .*truncated"),
     "manifest of another": (lambda p: (p / "manifest.json").write_text("[1]"), r"manifest\.json: "),
-    "version": (lambda p: _edit(p / "manifest.json", version=2), r"manifest\.json: version: "),
+    "version": (lambda p: _edit(p / "manifest.json", version=1), r"manifest\.json: version: "),
     "unknown field": (lambda p: _edit(p / "manifest.json", more=1), r"manifest\.json: more: "),
     "range": (_drop_range, r"elements 4 to 6 of exp_avg_sq of parameter b are in none"),
     "manifest gone": (lambda p: (p / "manifest.json").unlink(), "no whole checkpoint here"),
@@ -361,7 +324,7 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_found_and_named(tmp_path: Path, engine: Any, kind: str) -> None:
     damage, message = DAMAGE[kind]
-    path = save(tmp_path, engine, _state(1), keep=1)
+    path = save(tmp_path, engine, make_state(1), keep=1)
     verify(path)
     damage(path)
     with pytest.raises(CheckpointError, match=message):
@@ -374,7 +337,7 @@ def test_damage_is_found_and_named(tmp_path: Path, engine: Any, kind: str) -> No
 
 
 def test_files_outside_the_folder_are_refused(tmp_path: Path, engine: Any) -> None:
-    path = save(tmp_path, engine, _state(1), keep=1)
+    path = save(tmp_path, engine, make_state(1), keep=1)
     files = json.loads((path / "manifest.json").read_text())["files"]
     _edit(path / "manifest.json", files=files | {"../../rank-00000.safetensors": files["state.json"]})
     with pytest.raises(CheckpointError, match=r"field files is not that of a checkpoint: \.\./"):
@@ -383,6 +346,6 @@ def test_files_outside_the_folder_are_refused(tmp_path: Path, engine: Any) -> No
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b", "c")])
 def test_another_model_is_refused(tmp_path: Path, engine: Any, names: tuple[str, ...]) -> None:
-    path = save(tmp_path, engine, _state(1), keep=1)
+    path = save(tmp_path, engine, make_state(1), keep=1)
     with pytest.raises(CheckpointError, match=r"parameter [bc] is .* checkpoint of another model"):
         load(path, OneRank(names))  # type: ignore[arg-type]

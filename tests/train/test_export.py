@@ -16,7 +16,7 @@ from longtrain.errors import CheckpointError, DataError
 from longtrain.models.families import hugging_face_names
 from longtrain.plan.plan import model_config
 from longtrain.recipe.schema import Precision
-from longtrain.train.checkpoint import read_master
+from longtrain.train.checkpoint_folder import read_master
 from longtrain.train.export import export_checkpoint, load_trained
 from longtrain.train.resume import find_checkpoint
 from tests.user import CHECKPOINT, VOCAB, train

@@ -23,7 +23,8 @@ from longtrain.train.assemble import Run, open_data
 from longtrain.train.metrics import Metrics
 from longtrain.train.optim import learning_rate
 from longtrain.train.resume import choose
-from longtrain.train.run import RECIPE_FILE, run_training
+from longtrain.train.run import run_training
+from longtrain.train.run_folder import RECIPE_FILE
 from longtrain.train.state import Progress
 from longtrain.train.step import StepOutcome
 from longtrain.train.tracking import METRICS_FILE, JsonLines, Trackers, read_metrics
@@ -31,7 +32,7 @@ from tests.distributed import run_ranks
 from tests.tiny import tiny_recipe, write_corpus
 
 KEYS = ["step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens_per_second", "tokens_per_second_per_rank"]
-KEYS += ["step_seconds", "mfu_causal", "mfu_full", "memory_gib"]
+KEYS += ["step_seconds", "mfu_causal", "mfu_full", "memory_gib", "eval_by_position", "skipped_steps", "save_seconds"]
 CADENCE = ["checkpoint.every=4", "evaluation.every=3", "tracking.every=5"]
 METRICS = Metrics(7, 2.5, None, 1e-3, 0.5, 1344, 3000.0, 1500.0, 0.064, None, None, 1.25)
 
@@ -68,16 +69,22 @@ class Stage:
             self.trained.append((step, lr))
             return StepOutcome(4.0 - step / 10, 0.5, Flops(1000, 2000), step in skips)
 
-        patch.setattr(loop, "train_step", train_step)
-        patch.setattr(Run, "save", lambda run: self.saved.append(run.progress.step))
+        def save(run: Run, **_: bool) -> None:
+            self.saved.append(run.progress.step)
+            run._saved = run.progress.step
+
+        patch.setattr(loop, "prepare_step", lambda plan, ctx, step, signs: SimpleNamespace(step=step, signs=signs))
+        patch.setattr(loop, "train_step", lambda engine, plan, ctx, prepared, lr: train_step(engine, plan, ctx, prepared.step, lr))
+        patch.setattr(Run, "save", save)
         nothing = cast(Any, None)
         self.run = Run(plan, ctx, nothing, nothing, cast(Any, loader), Path("nowhere"), Trackers([self.seen]))
         self.run.progress = Progress(done, done * 192, done * 4)
+        self.run._saved = done
 
     def train(self, until: int) -> Progress:
-        def evaluate(run: Run) -> float:
+        def evaluate(run: Run) -> Any:
             self.evaluated.append(run.progress.step)
-            return 3.5
+            return SimpleNamespace(loss=3.5, by_position=[(0, 15, 3.5, 7)])
 
         return loop.train(self.run, until=until, evaluate=evaluate)
 
@@ -127,7 +134,7 @@ def test_rates_follow_the_whole_run_and_not_until(monkeypatch: pytest.MonkeyPatc
 def test_a_skipped_update_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(monkeypatch, skips=[1])
     stage.train(3)
-    assert stage.seen.said == ["step 2: a gradient was not finite; nothing was updated, on any rank"]
+    assert stage.seen.said == ["step 2: a loss or gradient was not finite; nothing was updated, on any rank"]
 
 
 def test_a_report_holds_these_keys_and_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from longtrain.parallel.deepspeed import MOMENTS
 from longtrain.plan import make_plan
 from longtrain.train import assemble as assembly
 from longtrain.train.assemble import open_data
-from longtrain.train.checkpoint import read_state
+from longtrain.train.checkpoint_format import read_state
 from longtrain.train.resume import Start, choose
 from longtrain.train.run import run_training
 from longtrain.train.state import Progress
@@ -28,7 +28,7 @@ from tests.distributed import run_ranks
 from tests.tiny import tiny_recipe, write_corpus
 
 STEPS, HALF, BATCH = 10, 5, 4
-TIMES = {"tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "memory_gib"}
+TIMES = {"tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "memory_gib", "save_seconds"}
 DROPS = ("moments", "adam_steps", "data")
 
 
@@ -44,8 +44,8 @@ def dropped(what: str | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         restore, step = assembly.restore, Loader.step
 
-        def forgetful(engine: Any, start: Path) -> Progress:
-            progress = restore(engine, start)
+        def forgetful(engine: Any, start: Path, **more: Any) -> Progress:
+            progress = restore(engine, start, **more)
             for piece in engine.owned_ranges():
                 if what == "moments":
                     for moment in MOMENTS:
@@ -203,6 +203,7 @@ def test_another_recipe_is_refused_by_its_differences(trained: Path) -> None:
     assert "seed: 0 in the checkpoint, 3 in this recipe" in message
     assert "training.batch_size: 4 in the checkpoint, 8 in this recipe" in message
     assert "tracking" not in message
+    assert "`longtrain export " in message
 
 
 @pytest.mark.parametrize(
@@ -241,8 +242,16 @@ def test_other_data_is_refused_and_moved_data_is_not(trained: Path, tmp_path: Pa
     write_corpus(tmp_path / "same", 7)
     with pytest.raises(CheckpointError, match=r"was trained on other data than .*other"):
         pick(trained, "run", "auto", data=tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"another data\.long_documents"):
+        pick(trained, "run", "auto", "data.long_documents=split")
     remarks = pick(trained, "run", "auto", data=tmp_path / "same").remarks
     assert [remark.split(":")[1].strip() for remark in remarks[1:]] == ["data.path"]
+
+
+def test_where_the_first_weights_came_from_no_longer_matters(trained: Path) -> None:
+    start = pick(trained, "run", "auto", "model.init=nowhere", "data.corpus=stdlib")
+    changes = [remark.split(": ", 1)[1] for remark in start.remarks[1:]]
+    assert changes == ["data.corpus: None -> stdlib", "model.init: None -> nowhere"]
 
 
 def test_a_checkpoint_without_its_manifest_is_passed_over(trained: Path, tmp_path: Path) -> None:

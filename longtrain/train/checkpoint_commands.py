@@ -1,0 +1,106 @@
+"""What `longtrain checkpoint` does: listing, checking and pruning the checkpoints of a run. No engine, no GPU, no other ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from longtrain.errors import CheckpointError
+from longtrain.train.checkpoint_folder import complete, damage, delete
+from longtrain.train.checkpoint_format import MANIFEST, read_manifest, read_state
+from longtrain.train.resume import CHECKPOINTS
+from longtrain.train.tracking import METRICS_FILE
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint as it is listed. damage: in words, empty where it is sound. The rest is None where it cannot be read.
+
+    loss: of the step, from the run's metrics. bytes: of its files. world, stage: what saved it.
+    """
+
+    path: Path
+    damage: tuple[str, ...]
+    step: int | None = None
+    tokens: int | None = None
+    loss: float | None = None
+    bytes: int | None = None
+    world: int | None = None
+    stage: int | None = None
+
+
+def find(path: Path) -> list[Path]:
+    """The checkpoint at `path`, or all under the folder of a run, by step. Raises CheckpointError where there is none."""
+    if (path / MANIFEST).is_file():
+        return [path]
+    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    found = complete(folder)
+    if not found:
+        raise CheckpointError(f"{path}: {'no whole checkpoint here' if path.exists() else 'no such folder'}; name a run's folder")
+    return found
+
+
+def examine(path: Path, *, content: bool) -> Entry:
+    """One checkpoint, read as far as it can be. content: whether to read every byte; else only what tells of torn files."""
+    found = tuple(damage(path, content=content))
+    try:
+        manifest, state = read_manifest(path), read_state(path)
+    except CheckpointError:
+        return Entry(path, found)
+    loss = _losses(path).get(manifest.step)
+    return Entry(path, found, manifest.step, state.tokens, loss, manifest.bytes, manifest.world, manifest.stage)
+
+
+def table(entries: Sequence[Entry], *, verified: bool) -> Table:
+    """Entries for people. verified: they were examined with their content."""
+    shown = Table("step", "tokens", "loss", "size", "ranks", "ZeRO", "state", box=None, header_style="bold", pad_edge=False)
+    for entry in entries:
+        state = "DAMAGED" if entry.damage else "verified" if verified else "whole, not verified"
+        if entry.step is None:
+            shown.add_row(entry.path.name, *[""] * 5, state)
+            continue
+        loss = "" if entry.loss is None else f"{entry.loss:.4f}"
+        size = f"{(entry.bytes or 0) / 2**20:,.1f} MiB"
+        shown.add_row(f"{entry.step}", f"{entry.tokens:,}", loss, size, f"{entry.world}", f"{entry.stage}", state)
+    return shown
+
+
+def prune(path: Path, keep: int, *, dry_run: bool = False) -> Iterator[tuple[Path, str]]:
+    """Deletes all but the `keep` newest checkpoints of a run of which every byte is right; yields each that goes, and why.
+
+    Damaged ones go too. Raises CheckpointError, and deletes nothing, where none is right.
+    """
+    if keep < 1:
+        raise CheckpointError(f"--keep {keep}: keep at least 1")
+    good, doomed, problems = 0, [], []
+    for step in reversed(find(path)):
+        if good == keep:
+            doomed.append((step, f"{keep} newer ones are right"))
+        elif found := damage(step):
+            doomed.append((step, "damaged"))
+            problems += found
+        else:
+            good += 1
+    if not good:
+        raise CheckpointError("\n".join([*problems, f"{path}: not one checkpoint is right, so that nothing was deleted"]))
+    for step, reason in doomed:
+        if not dry_run:
+            delete(step)
+        yield step, reason
+
+
+def _losses(step: Path) -> dict[int, float]:
+    """Losses by step from the metrics of the run that a checkpoint lies in, as far as they can be read."""
+    losses = {}
+    metrics = step.absolute().parent.parent / METRICS_FILE
+    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
+        try:
+            row = json.loads(line)
+            losses[int(row["step"])] = float(row["loss"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return losses

@@ -1,0 +1,224 @@
+"""Checkpoints on disk: finding, checking, reading, publishing and deleting them. No engine, no GPU, no other ranks.
+
+A checkpoint is complete when its folder is called step-N. Others are in the making (.tmp), were set aside because they are damaged
+(.damaged), or wait, for the moment between two renames, to be replaced (.replaced).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from longtrain.errors import CheckpointError
+from longtrain.files import sha256_of, sync_path
+from longtrain.train.checkpoint_format import DAMAGED, MANIFEST, STATE, Manifest, read_manifest, read_state
+
+STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+HASHING = 4
+"""Files hashed at a time: a disk rarely feeds more."""
+
+
+def complete(folder: Path) -> list[Path]:
+    """Whole checkpoints under `folder`, by step."""
+    steps: dict[int, Path] = {}
+    # step-N sorts before step-N.replaced, which counts only where the rename after it never came
+    for path in sorted(folder.glob("step-*")):
+        match = STEP_FOLDER.fullmatch(path.name)
+        if match and (path / MANIFEST).is_file():
+            steps.setdefault(int(match[1]), path)
+    return [steps[step] for step in sorted(steps)]
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The whole checkpoint with the highest step under `folder`, None where there is none."""
+    return (complete(folder) or [None])[-1]
+
+
+def resolve(path: Path) -> Path:
+    """`path` if it is a step folder, else the newest one under it. Raises CheckpointError where there is none."""
+    if (path / MANIFEST).is_file():
+        return path
+    latest = find_latest(path)
+    if latest is None:
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such folder; name a run's folder or one of its checkpoints")
+        raise CheckpointError(f"{path}: no whole checkpoint here (no {MANIFEST}, and no step-... folder that has one)")
+    return latest
+
+
+def digest_of(step: Path) -> str:
+    """A digest of all that a step folder holds: its manifest has the digest of every file."""
+    return hashlib.sha256((step / MANIFEST).read_bytes()).hexdigest()
+
+
+def check_files(step: Path, manifest: Manifest, names: Iterable[str], *, content: bool = True) -> None:
+    """Raises CheckpointError that names the first of these files that is missing or not what was written.
+
+    content: whether to read every byte; else only sizes are compared.
+    """
+    for name in names:
+        path, entry = step / name, manifest.files[name]
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing; {DAMAGED}")
+        if path.stat().st_size != entry.size:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes instead of {entry.size}; {DAMAGED}")
+        try:
+            if content and sha256_of(path) != entry.sha256:
+                raise CheckpointError(f"{path}: SHA-256 differs from the manifest; {DAMAGED}")
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {DAMAGED}") from error
+
+
+def damage(step: Path, *, content: bool = True) -> list[str]:
+    """What is wrong with a step folder, in words, one line for every damaged file; nothing where it is sound."""
+
+    def wrong(name: str) -> str | None:
+        try:
+            check_files(step, manifest, [name], content=content)
+        except CheckpointError as error:
+            return str(error)
+        return None
+
+    try:
+        manifest = read_manifest(step)
+        with ThreadPoolExecutor(HASHING) as pool:
+            found = [text for text in pool.map(wrong, sorted(manifest.files)) if text is not None]
+        if not found:
+            read_state(step)
+            _check_coverage(Pieces(step, manifest), manifest)
+    except CheckpointError as error:
+        return [str(error)]
+    return found
+
+
+def verify(path: Path) -> Manifest:
+    """Check sizes and SHA-256 of every file of a step folder (or the newest one) and that every parameter is covered.
+
+    Raises CheckpointError that names the damaged file or the parameter.
+    """
+    step = resolve(path)
+    if found := damage(step):
+        raise CheckpointError("\n".join(found))
+    return read_manifest(step)
+
+
+def _check_coverage(pieces: Pieces, manifest: Manifest) -> None:
+    for name, entry in manifest.parameters.items():
+        for kind in KINDS:
+            pieces.find(kind, name, 0, entry.numel)
+
+
+def read_master(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of a verified checkpoint, whole, fp32, on the host, one at a time; needs no engine and no GPU."""
+    manifest = verify(path)
+    pieces = Pieces(resolve(path), manifest)
+    for name, entry in manifest.parameters.items():
+        whole = torch.empty(entry.numel, dtype=torch.float32)
+        pieces.read("master", name, 0, whole)
+        yield name, whole.view(entry.shape)
+
+
+class Pieces:
+    """The ranges of all rank files of a checkpoint, as one address space per kind and parameter."""
+
+    def __init__(self, step: Path, manifest: Manifest) -> None:
+        self._step = step
+        self._files: dict[str, Any] = {}
+        self._index: dict[tuple[str, str], list[tuple[int, int, str, str]]] = {}
+        for name in sorted(manifest.files):
+            if name != STATE:
+                self._add(name)
+        for pieces in self._index.values():
+            pieces.sort()
+
+    def _add(self, file: str) -> None:
+        try:
+            handle = self._files[file] = safe_open(self._step / file, framework="pt")
+            for key in handle.keys():  # noqa: SIM118 (not a mapping)
+                match = re.fullmatch(r"([a-z_]+)/(.+)@(\d+)", key)
+                if match is None:
+                    raise CheckpointError(f"{self._step / file}: tensor {key!r} is not a range of a parameter")
+                kind, parameter, start = match[1], match[2], int(match[3])
+                end = start + handle.get_slice(key).get_shape()[0]
+                self._index.setdefault((kind, parameter), []).append((start, end, file, key))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._step / file}: not readable: {error}") from error
+
+    def find(self, kind: str, parameter: str, start: int, end: int) -> list[tuple[int, int, str, str]]:
+        """The ranges that overlap [start, end), in order. Raises CheckpointError where they leave a hole."""
+        found, covered = [], start
+        for piece in self._index.get((kind, parameter), []):
+            if piece[1] > covered and piece[0] < end:
+                if piece[0] > covered:
+                    break
+                found.append(piece)
+                covered = piece[1]
+        if covered < end:
+            raise CheckpointError(
+                f"{self._step}: elements {covered} to {end} of {kind} of parameter {parameter} are in none of its files"
+            )
+        return found
+
+    def read(self, kind: str, parameter: str, start: int, out: Tensor) -> None:
+        """Fill `out` [n] with elements [start, start + n) of a parameter."""
+        end = start + out.numel()
+        for piece_start, piece_end, file, key in self.find(kind, parameter, start, end):
+            low, high = max(start, piece_start), min(end, piece_end)
+            values = self._files[file].get_slice(key)[low - piece_start : high - piece_start]
+            out[low - start : high - start].copy_(values)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make a finished folder appear under its name, on disk. At every moment one of the two is a whole checkpoint."""
+    sync_path(temporary)
+    replaced = final.with_name(final.name + ".replaced")
+    if final.exists():
+        # saved before and now again; a rename cannot replace a folder that is not empty
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    sync_path(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def delete(step: Path) -> None:
+    """Delete a checkpoint so that a kill in the middle does not leave something that looks like one."""
+    doomed = step.with_name(step.name + ".deleted.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    step.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def set_aside(step: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is neither found nor counted any more; returns where it is."""
+    base = step.with_name(step.name + ".damaged")
+    aside = next(path for path in (base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 1000))) if not path.exists())
+    step.rename(aside)
+    return aside
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what dead runs left half written. For the main rank, at start, before anything is saved."""
+    for leftover in folder.glob("step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for replaced in folder.glob("step-*.replaced"):
+        final = replaced.with_name(replaced.name.removesuffix(".replaced"))
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            replaced.rename(final)

@@ -1,0 +1,143 @@
+"""`longtrain checkpoint`: what a person sees of checkpoints, and what they can do to them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from longtrain.train.checkpoint_folder import complete, damage, verify
+from tests.user import CHECKPOINT, command, snapshot, train
+
+pytest_plugins = ("tests.desks",)
+pytestmark = pytest.mark.usefixtures("trained")
+
+FOLDER = CHECKPOINT.parent
+OLDER = FOLDER / "step-00000002"
+TENSORS = "rank-00000.safetensors"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("path", ["run", "run/checkpoints"])
+def test_ls(path: str) -> None:
+    said = command("checkpoint", "ls", path)
+    assert said.code == 0, said.text
+    head, second, third = said.text.splitlines()
+    assert head.split() == ["step", "tokens", "loss", "size", "ranks", "ZeRO", "state"]
+    assert second.split()[:2] == ["2", "256"]
+    assert third.split()[:2] == ["3", "384"]
+    assert "MiB" in third
+    assert "whole, not verified" in third
+    assert command("checkpoint", "ls", str(CHECKPOINT), "--verify").text.splitlines()[1].rstrip().endswith("  verified")
+
+
+def test_ls_shows_what_is_torn_at_once_and_what_is_changed_when_it_reads() -> None:
+    flip(OLDER / TENSORS)
+    with (CHECKPOINT / "state.json").open("ab") as file:
+        file.truncate(30)
+    older, newer, reason = command("checkpoint", "ls", "run").text.splitlines()[1:]
+    assert "whole, not verified" in older
+    assert newer.split() == ["step-00000003", "DAMAGED"]
+    assert reason.startswith(f"{CHECKPOINT}/state.json: 30 bytes instead of")
+    older, newer, *reasons = command("checkpoint", "ls", "run", "--verify").text.splitlines()[1:]
+    assert older.split()[-1] == newer.split()[-1] == "DAMAGED"
+    assert reasons[0].startswith(f"{OLDER}/{TENSORS}: SHA-256 differs")
+
+
+def test_verify() -> None:
+    said = command("checkpoint", "verify", "run")
+    assert said.code == 0
+    assert said.text.splitlines() == [f"{OLDER}: verified", f"{CHECKPOINT}: verified"]
+    flip(OLDER / TENSORS)
+    said = command("checkpoint", "verify", "run")
+    assert said.code == 2
+    assert f"{OLDER}: DAMAGED" in said.text
+    assert f"error: {OLDER}/{TENSORS}: SHA-256 differs from the manifest" in said.text
+    assert command("checkpoint", "verify", str(CHECKPOINT)).code == 0
+    assert "nowhere: no such folder" in command("checkpoint", "verify", "nowhere").text
+
+
+def test_export_is_the_same_command() -> None:
+    flip(OLDER / TENSORS)
+    assert command("checkpoint", "export", "run", "--out", "one").code == 0
+    assert command("export", "run", "--out", "two").code == 0
+    assert snapshot(Path("one")) == snapshot(Path("two"))
+    said = command("checkpoint", "export", str(OLDER), "--out", "three")
+    assert said.code == 2
+    assert f"{OLDER}/{TENSORS}: SHA-256 differs" in said.text
+    assert not Path("three").exists()
+
+
+def test_prune() -> None:
+    third = FOLDER / "step-00000001"
+    shutil.copytree(OLDER, third)
+    before = snapshot()
+    said = command("checkpoint", "prune", "run", "--keep", "2", "--dry-run")
+    assert said.text == f"would delete {third} (2 newer ones are right)\n"
+    assert snapshot() == before
+    # the newest is damaged: it counts for nothing
+    flip(CHECKPOINT / TENSORS)
+    said = command("checkpoint", "prune", "run", "--keep", "1")
+    assert said.text.splitlines() == [f"deleted {CHECKPOINT} (damaged)", f"deleted {third} (1 newer ones are right)"]
+    assert complete(FOLDER) == [OLDER]
+    verify(OLDER)
+    flip(OLDER / "state.json")
+    said = command("checkpoint", "prune", "run", "--keep", "1")
+    assert said.code == 2
+    assert "not one checkpoint is right, so that nothing was deleted" in said.text
+    assert OLDER.exists()
+    assert command("checkpoint", "prune", "run", "--keep", "0").code == 2
+
+
+def test_auto_passes_over_damaged_ones_loudly() -> None:
+    flip(CHECKPOINT / TENSORS)
+    said = train("--set", "training.steps=4")
+    assert said.code == 0, said.text
+    assert f"WARNING: passed over {CHECKPOINT.name}: {CHECKPOINT}/{TENSORS}: SHA-256 differs from the manifest" in said.text
+    assert f"resuming {OLDER} (step 2)" in said.text
+    assert f"{CHECKPOINT.name} is now {CHECKPOINT.name}.damaged" in said.text
+    assert [path.name for path in complete(FOLDER)] == ["step-00000003", "step-00000004"]
+    assert damage(FOLDER / "step-00000003") == []
+
+
+def test_a_torn_one_is_passed_over_before_the_ranks_meet() -> None:
+    (CHECKPOINT / "manifest.json").write_text("{}")
+    flip(OLDER / TENSORS)
+    before = snapshot()
+    said = train("--set", "training.steps=4")
+    assert said.code == 2
+    assert "every checkpoint of this run is damaged" in said.text
+    for name in (f"{CHECKPOINT}/manifest.json", f"{OLDER}/{TENSORS}"):
+        assert name in said.text
+    assert snapshot() == before
+
+
+def test_a_damaged_one_by_name_is_refused() -> None:
+    flip(CHECKPOINT / TENSORS)
+    for path in (CHECKPOINT, Path("run")):
+        said = train("--set", "output=new", "--resume", str(path))
+        assert said.code == 2
+        assert f"error: {CHECKPOINT}/{TENSORS}: SHA-256 differs from the manifest; the checkpoint is damaged" in said.text
+        assert not Path("new/checkpoints").exists()
+
+
+def test_another_recipe_can_be_forced() -> None:
+    changes = ("--set", "optimizer.eps=1e-6", "--set", "training.steps=4", "--set", "checkpoint.keep=1")
+    said = train(*changes)
+    assert said.code == 2
+    assert "optimizer.eps: 1e-08 in the checkpoint, 1e-06 in this recipe" in said.text
+    assert "--force-resume" in said.text
+    said = train(*changes, "--force-resume")
+    assert said.code == 0, said.text
+    assert f"WARNING: forced to go on, although {CHECKPOINT}: is a checkpoint of another recipe" in said.text
+    assert "changed since that checkpoint: optimizer.eps: 1e-08 -> 1e-06" in said.text
+    # the same weights of another shape cannot be
+    said = train("--set", "model.intermediate_size=32", "--force-resume", "--set", "training.steps=9")
+    assert said.code == 2
+    assert "it is a checkpoint of another model" in said.text

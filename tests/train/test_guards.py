@@ -1,0 +1,137 @@
+"""A loss or gradient that is not finite, on one rank, changes nothing on any; too many end the run; a failed save does not."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longtrain.errors import LongtrainError, TrainingError
+from longtrain.parallel.context import ParallelContext
+from longtrain.parallel.deepspeed import Engine
+from longtrain.plan import make_plan
+from longtrain.train import checkpoint
+from longtrain.train.assemble import open_data
+from longtrain.train.checkpoint_format import read_state
+from longtrain.train.guards import check_skips, poison_if_broken
+from longtrain.train.resume import CHECKPOINTS, choose
+from longtrain.train.run import run_training
+from longtrain.train.state import Progress
+from longtrain.train.tracking import METRICS_FILE, read_metrics
+from tests.distributed import run_ranks
+from tests.tiny import tiny_recipe, write_corpus
+
+
+def test_a_finite_loss_is_not_touched() -> None:
+    for value, earlier, broken in [(2.0, [], False), (2.0, [3.0], False), (float("inf"), [], True), (2.0, [float("nan")], True)]:
+        loss = torch.tensor(value, requires_grad=True)
+        poison_if_broken(loss, [torch.tensor(x) for x in earlier]).backward()
+        assert loss.grad is not None
+        assert bool(loss.grad.isnan()) == broken
+        assert broken or loss.grad == 1.0
+
+
+def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "manifest.json").touch()
+    check_skips(Progress(6, skipped_in_row=1), 2, tmp_path)
+    # steps 5 and 6 were skipped: nobody knows about the weights after step 4
+    with pytest.raises(TrainingError, match=r"step 6: the last 2 steps updated nothing.* last good checkpoint is .*step-00000002"):
+        check_skips(Progress(6, skipped_in_row=2), 2, tmp_path)
+    with pytest.raises(TrainingError, match="there is no checkpoint from before that"):
+        check_skips(Progress(6, skipped_in_row=5), 2, tmp_path)
+
+
+def _train(ctx: ParallelContext, overrides: Sequence[str], broken: Sequence[int], disk: Sequence[int]) -> tuple[str, str]:
+    """What was printed, and the refusal. broken: steps (from 1) with an infinite loss, whose gradients are finite, on the last
+    rank. disk: saves (from 1) that find it full there."""
+    plan = make_plan(tiny_recipe(*overrides), ctx.world, "cpu")
+    split, _ = open_data(plan)
+    start = choose(plan.recipe, split, "auto")
+    ctx.all_gather_text("chosen")
+    forward, write, calls = Engine.forward, checkpoint.write_tensors, {"forward": 0, "write": 0}
+    mine, refused, said = ctx.rank == ctx.world - 1, "", io.StringIO()
+
+    def spoilt(engine: Engine, *arguments: Any) -> Any:
+        # the probe at the start runs forward with one tensor
+        calls["forward"] += len(arguments) > 1
+        step = (calls["forward"] - 1) // plan.accumulation + 1
+        first = (calls["forward"] - 1) % plan.accumulation == 0
+        loss = forward(engine, *arguments)
+        return loss + float("inf") if mine and first and len(arguments) > 1 and step in broken else loss
+
+    def full(*arguments: Any) -> Any:
+        calls["write"] += 1
+        if mine and calls["write"] in disk:
+            raise OSError(28, "No space left on device")
+        return write(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(Engine, "forward", spoilt)
+        patch.setattr(checkpoint, "write_tensors", full)
+        try:
+            run_training(plan, ctx, split, start, until=None, evaluate=None)
+        except LongtrainError as error:
+            refused = f"{type(error).__name__}: {error}"
+    return said.getvalue(), refused
+
+
+def _train_all(ctx: ParallelContext, runs: Sequence[tuple[Any, ...]]) -> list[tuple[str, str]]:
+    return [_train(ctx, *run) for run in runs]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_bad_steps(tmp_path: Path, world: int) -> None:
+    write_corpus(tmp_path / "data", 7)
+    common = [f"data.path={tmp_path / 'data'}", "training.steps=5", "checkpoint.every=1", "checkpoint.keep=9"]
+    common += [f"training.micro_batch_size={world}", "schedule.kind=constant"]
+    stages = [0, 1, 2, 3]
+    runs = [([*common, f"zero.stage={stage}", f"output={tmp_path / str(stage)}"], [3], []) for stage in stages]
+    runs.append(([*common, "training.max_skipped=2", f"output={tmp_path / 'many'}"], [3, 4], []))
+    ranks = run_ranks(_train_all, world, runs)
+    for stage in stages:
+        said, refused = ranks[0][stage]
+        assert refused == ""
+        assert "step 3: a loss or gradient was not finite; nothing was updated, on any rank" in said
+        folder = tmp_path / str(stage)
+        files = [folder / CHECKPOINTS / f"step-{step:08d}/rank-00000.safetensors" for step in (2, 3, 4)]
+        before, at, after = (path.read_bytes() for path in files)
+        assert before == at, "master weights and moments"
+        assert at != after
+        rows = read_metrics(folder / METRICS_FILE)
+        assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
+        assert rows[2]["loss"] is None
+        assert any(row["save_seconds"] for row in rows)
+        assert read_state(folder / CHECKPOINTS / "step-00000005").skipped == 1
+    for rank in ranks:
+        said, refused = rank[-1]
+        assert refused.startswith("TrainingError: step 4: the last 2 steps updated nothing")
+        assert "last good checkpoint is" in refused
+        assert "step-00000001." in refused
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_full_disk_stops_nothing_unless_it_should(tmp_path: Path, world: int) -> None:
+    write_corpus(tmp_path / "data", 7)
+    common = [f"data.path={tmp_path / 'data'}", "training.steps=6", "checkpoint.every=2", "checkpoint.keep=9"]
+    going = [*common, f"output={tmp_path / 'going'}"]
+    stopping = [*common, f"output={tmp_path / 'stopping'}", "checkpoint.on_failure=stop"]
+    last = [*common, f"output={tmp_path / 'last'}"]
+    ranks = run_ranks(_train_all, world, [(going, [], [2]), (stopping, [], [2]), (last, [], [3, 4])])
+    (said, refused), *_ = ranks[0]
+    assert refused == ""
+    prefix = "" if world == 1 else "rank 1: "
+    assert f"ERROR: a checkpoint could not be saved: {prefix}OSError: [Errno 28] No space left on device" in said
+    found = sorted(path.name for path in (tmp_path / "going" / CHECKPOINTS).iterdir())
+    assert found == ["step-00000002", "step-00000006"]
+    for rank in ranks:
+        assert rank[1][1].startswith("CheckpointError: ")
+        assert rank[2][1].startswith("CheckpointError: "), "the last checkpoint of a run must be there"
+    assert [path.name for path in (tmp_path / "stopping" / CHECKPOINTS).iterdir()] == ["step-00000002"]
+    assert sorted(path.name for path in (tmp_path / "last" / CHECKPOINTS).iterdir()) == ["step-00000002", "step-00000004"]
