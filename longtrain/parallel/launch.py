@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -138,8 +139,7 @@ def start(
             torch.set_num_threads(max(1, cores // launch.local_world))
     else:
         torch.cuda.set_device(place)
-    alone = launch.world == 1 and rendezvous is None
-    store = dist.HashStore() if alone else None  # pyright: ignore[reportPrivateImportUsage]
+    store = _store(launch, timeout) if rendezvous is None else None
     dist.init_process_group(
         # Host tensors travel by gloo also on GPU machines: token counts and checkpoints need no device.
         "gloo" if place.type == "cpu" else "cpu:gloo,cuda:nccl",
@@ -150,6 +150,18 @@ def start(
         timeout=timeout,
     )
     return create_context(grid, rank=launch.rank, local_rank=launch.local_rank, device=place, timeout=timeout)
+
+
+def _store(launch: Launch, timeout: timedelta) -> Any:
+    """Where the ranks find each other; None leaves it to torch."""
+    if launch.world == 1:
+        return dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    if not launch.torchrun:
+        return None
+    store = next(iter(dist.rendezvous("env://", launch.rank, launch.world, timeout=timeout)))[0]  # pyright: ignore
+    # torchrun keeps its store when it starts the ranks again, and in it the addresses of those that are gone
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt-{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def check_agreement(ctx: ParallelContext, facts: Mapping[str, str]) -> None:
