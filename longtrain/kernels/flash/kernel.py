@@ -235,7 +235,8 @@ class Call:
         self.kernel = kernel
         self.q, self.k, self.v = (_rows(x) for x in (q, k, v))
         (batch, queries, heads, dim), (_, keys, kv_heads, value_dim) = q.shape, v.shape
-        self.hopper = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+        # AMD's capabilities begin with 9 too
+        self.hopper = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (9, 0)
         self.block_d, self.block_v = _padded(dim), _padded(value_dim)
         self.segments = (block.q_segments, block.k_segments)
         self.bias = None if spec.bias is None else _four(spec.bias.detach()).expand(batch, heads, queries, keys)
