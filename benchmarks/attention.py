@@ -72,11 +72,7 @@ class Problem:
 
     def pairs(self) -> int:
         """Visible pairs of one head, of all rows."""
-        total, window = 0, self.length if self.band.hi is None else self.band.hi + 1
-        for length in self.documents or (self.length,):
-            w = min(window, length)
-            total += length * length if self.band.lo is None else w * (w + 1) // 2 + (length - w) * w
-        return total * self.batch
+        return self.batch * sum(self.band.pairs(length, length) for length in self.documents or (self.length,))
 
     def touched(self) -> float:
         """Pairs in the forward's tiles that hold a visible pair, a visible pair."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from longtrain.batch import IGNORE
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine, Gathered, StepResult, build_model
-from longtrain.parallel.loss import count_tokens, loss_scale
+from longtrain.parallel.loss import loss_scale
 from longtrain.parallel.zero_config import DTYPES, deepspeed_config
 from longtrain.train.optim import decay_groups
 
@@ -93,7 +93,7 @@ def train(engine: Engine, steps: range, poison: Callable[[int], float] = lambda 
     for step in steps:
         tokens, labels = rows(step)
         mine = [slice((m * ctx.world + ctx.rank), None, parts) for m in range(engine.accumulation)]
-        count = count_tokens(ctx, sum(int((labels[part] != IGNORE).sum()) for part in mine))
+        count = int(ctx.all_reduce_sum([sum(int((labels[part] != IGNORE).sum()) for part in mine)])[0])
         scale = loss_scale(world=ctx.world, accumulation=engine.accumulation, tokens=count)
         engine.set_lr(LR / (step + 1))
         for part in mine:

@@ -162,3 +162,32 @@ class Attend(Protocol):
         would recall the first one's result.
         """
         ...
+
+
+class SoftmaxAttend:
+    """An Attend whose results over some keys have an lse, and can be merged."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        spec: AttentionSpec = PLAIN,
+        *,
+        keep: Keep | None = None,
+    ) -> Tensor:
+        return self.with_lse(q, k, v, mask, spec, keep=keep)[0]
+
+    def with_lse(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: AttentionMask,
+        spec: AttentionSpec = PLAIN,
+        *,
+        keep: Keep | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(out [B, Tq, H, Dv], lse fp32 [B, H, Tq]); both carry gradients."""
+        raise NotImplementedError

@@ -145,8 +145,8 @@ def _groups(documents: Sequence[Document]) -> Iterator[tuple[Document, ...]]:
 
 
 @dataclass(frozen=True)
-class JsonLinesSource:
-    """A JSON Lines file, plain or compressed."""
+class _FileSource:
+    """What every file of records is, whatever its format."""
 
     document: Document
     documents: None = None
@@ -161,6 +161,11 @@ class JsonLinesSource:
 
     def identity(self) -> Any:
         return [self.document.name, self.document.size, self.document.modified]
+
+
+@dataclass(frozen=True)
+class JsonLinesSource(_FileSource):
+    """A JSON Lines file, plain or compressed."""
 
     def steps(self, field: str, after: Any = None) -> Iterator[Step]:
         offset, done = after or (0, 0)
@@ -217,22 +222,8 @@ def _unpacked(raw: BinaryIO, name: str) -> BinaryIO:
 
 
 @dataclass(frozen=True)
-class ParquetSource:
+class ParquetSource(_FileSource):
     """A Parquet file."""
-
-    document: Document
-    documents: None = None
-
-    @property
-    def name(self) -> str:
-        return str(self.document.path)
-
-    @property
-    def size(self) -> int:
-        return self.document.size
-
-    def identity(self) -> Any:
-        return [self.document.name, self.document.size, self.document.modified]
 
     def steps(self, field: str, after: Any = None) -> Iterator[Step]:
         rows = self._rows(field)

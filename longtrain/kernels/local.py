@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from longtrain.attention.keep import Keep
 from longtrain.attention.mask import AttentionMask
-from longtrain.attention.protocol import PLAIN, AttentionKernel, Block
+from longtrain.attention.protocol import PLAIN, AttentionKernel, Block, SoftmaxAttend
 from longtrain.attention.spec import AttentionSpec
 from longtrain.kernels import ops
 
@@ -20,7 +20,7 @@ SLOT = "attention"
 
 
 @dataclass(frozen=True)
-class LocalAttend:
+class LocalAttend(SoftmaxAttend):
     """The Attend of one device: queries and keys are all here. In a compiled model it is one operator (`kernels.ops`)."""
 
     kernel: AttentionKernel
@@ -28,18 +28,6 @@ class LocalAttend:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "handle", ops.handle(self.kernel))
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: AttentionMask,
-        spec: AttentionSpec = PLAIN,
-        *,
-        keep: Keep | None = None,
-    ) -> Tensor:
-        return self.with_lse(q, k, v, mask, spec, keep=keep)[0]
 
     def with_lse(
         self,

@@ -22,19 +22,7 @@ class Flops(NamedTuple):
 
 def attention_pairs(band: Band, lengths: Iterable[int]) -> int:
     """Visible (query, key) pairs of documents of these lengths, exactly."""
-    return sum(_pairs(band, length) for length in lengths)
-
-
-def _pairs(band: Band, length: int) -> int:
-    lo = max(-(length - 1), -(length - 1) if band.lo is None else band.lo)
-    hi = min(length - 1, length - 1 if band.hi is None else band.hi)
-
-    def diagonals(first: int, last: int) -> int:
-        # diagonal d >= 0 holds length - d pairs
-        count = max(0, last - first + 1)
-        return count * length - count * (first + last) // 2
-
-    return diagonals(max(lo, 0), hi) + diagonals(max(-hi, 1), -lo)
+    return sum(band.pairs(length, length) for length in lengths)
 
 
 def matmul_parameters(config: ModelConfig) -> int:

@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-from longtrain.parallel.context import ParallelContext
-
-
-def count_tokens(ctx: ParallelContext, trainable: int) -> int:
-    """Trainable labels over all ranks; `trainable` is this rank's count over its whole accumulation window.
-
-    Under context parallelism a rank counts the labels of its own shard of the sequence only.
-    """
-    return int(ctx.all_reduce_sum([trainable])[0])
-
 
 def loss_scale(*, world: int, accumulation: int, tokens: int) -> float:
     """What a local sum of token losses is multiplied with before the backward of every micro step.

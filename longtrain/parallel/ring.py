@@ -20,7 +20,7 @@ from longtrain.attention.keep import Keep
 from longtrain.attention.layout import SequenceLayout
 from longtrain.attention.mask import AttentionMask
 from longtrain.attention.merge import add_sinks_, cast_like, empty_partial, sinks_gradient, zero_grads
-from longtrain.attention.protocol import PLAIN, AttentionKernel, Block, Grads, Partial
+from longtrain.attention.protocol import PLAIN, AttentionKernel, Block, Grads, Partial, SoftmaxAttend
 from longtrain.attention.schedule import BlockPlan, ring_plan
 from longtrain.attention.spec import AttentionSpec
 from longtrain.batch import PADDING
@@ -30,7 +30,7 @@ from longtrain.parallel.exchange import Exchange, Parcel, Transfer
 
 
 @dataclass(frozen=True)
-class RingAttend:
+class RingAttend(SoftmaxAttend):
     """The Attend of one rank of a ring: q, k, v are this rank's shards, the mask describes the whole sequence.
 
     All ranks call it with shards of equal shape, cut by `layout.shard` from a sequence of padded length; a mask with segments may
@@ -40,18 +40,6 @@ class RingAttend:
     kernel: AttentionKernel
     exchange: Exchange
     layout: SequenceLayout = SequenceLayout.ZIGZAG
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: AttentionMask,
-        spec: AttentionSpec = PLAIN,
-        *,
-        keep: Keep | None = None,
-    ) -> Tensor:
-        return self.with_lse(q, k, v, mask, spec, keep=keep)[0]
 
     def with_lse(
         self,

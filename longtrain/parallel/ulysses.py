@@ -20,7 +20,7 @@ from longtrain.attention.keep import Keep
 from longtrain.attention.layout import SequenceLayout
 from longtrain.attention.mask import AttentionMask
 from longtrain.attention.merge import accumulator_dtype, sinks_gradient
-from longtrain.attention.protocol import PLAIN, Attend, AttentionKernel, Block, Grads, Partial
+from longtrain.attention.protocol import PLAIN, Attend, AttentionKernel, Block, Grads, Partial, SoftmaxAttend
 from longtrain.attention.spec import AttentionSpec
 from longtrain.errors import KernelError
 from longtrain.kernels import ops
@@ -58,7 +58,7 @@ class UlyssesLayout:
 
 
 @dataclass(frozen=True)
-class UlyssesAttend:
+class UlyssesAttend(SoftmaxAttend):
     """The Attend of one rank of a ring of groups of `size`: q, k, v are this rank's shards as `UlyssesLayout(layout, size)` deals
     them, the mask describes the whole sequence.
 
@@ -70,18 +70,6 @@ class UlyssesAttend:
     exchange: Exchange
     size: int
     layout: SequenceLayout = SequenceLayout.ZIGZAG
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: AttentionMask,
-        spec: AttentionSpec = PLAIN,
-        *,
-        keep: Keep | None = None,
-    ) -> Tensor:
-        return self.with_lse(q, k, v, mask, spec, keep=keep)[0]
 
     def with_lse(
         self,
