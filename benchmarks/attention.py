@@ -64,7 +64,7 @@ class Problem:
             return AttentionMask(self.band)
         lengths = torch.tensor(self.documents, device="cuda")
         ids = torch.arange(len(self.documents), dtype=torch.int32, device="cuda").repeat_interleave(lengths)[None]
-        return AttentionMask(self.band, ids, ids)
+        return AttentionMask(self.band, ids, ids, (self.ends,))
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
@@ -76,7 +76,8 @@ class Problem:
 
     def touched(self) -> float:
         """Pairs in the forward's tiles that hold a visible pair, a visible pair."""
-        tile = tile_for(Pass.FORWARD, self.dim, 2)
+        short = self.documents or self.band.hi is not None
+        tile = tile_for(Pass.SHORT if short else Pass.FORWARD, self.dim, 2)
         i, j = torch.arange(0, self.length, tile.rows)[:, None], torch.arange(0, self.length, tile.columns)[None, :]
         seen = torch.zeros(len(i), j.shape[1], dtype=torch.bool)
         for start, end in pairwise(self.ends):

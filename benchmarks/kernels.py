@@ -58,7 +58,9 @@ def milliseconds(
 def main(device: str, budget: float) -> None:
     for kernel, dtype in product(kernels(), DTYPES[device]):
         if able(kernel, Band.causal(), 64, dtype, device):
-            check_kernel(kernel, Case(Band.causal(100), 600, None, 1, 4, 2, 64), dtype, device)
+            window = Band.causal(100)
+            band = window if able(kernel, window, 64, dtype, device) else Band.causal()
+            check_kernel(kernel, Case(band, 600, None, 1, 4, 2, 64), dtype, device)
     print("correctness gate: green", flush=True)
     rows = []
     for dtype, dim, (name, band), length in product(DTYPES[device], DIMS, BANDS.items(), LENGTHS[device]):

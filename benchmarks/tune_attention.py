@@ -21,12 +21,14 @@ from longtrain.kernels.flash.tiles import TABLE, Pass, Tile
 PROCESSES = 12
 """Compile while nothing is measured."""
 
-PRODUCTS = {Pass.FORWARD: 2, Pass.QUERIES: 3, Pass.KEYS: 4}
+PRODUCTS = {Pass.FORWARD: 2, Pass.SHORT: 2, Pass.QUERIES: 3, Pass.KEYS: 4}
 
 CANDIDATES: dict[tuple[Pass, int], tuple[Tile, ...]] = {
     (Pass.FORWARD, 64): (Tile(64, 128, 4, 2), Tile(128, 128, 8, 2, 128), Tile(64, 64, 4, 3), Tile(128, 64, 4, 3)),
     (Pass.FORWARD, 128): (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2, 128), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
     (Pass.FORWARD, 256): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)),
+    (Pass.SHORT, 64): (Tile(64, 128, 4, 2), Tile(64, 64, 4, 3), Tile(64, 64, 4, 2)),
+    (Pass.SHORT, 128): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(128, 64, 4, 2), Tile(128, 64, 8, 2, 128)),
     (Pass.QUERIES, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 3, 128), Tile(64, 128, 4, 2), Tile(128, 64, 8, 3, 128)),
     (Pass.QUERIES, 128): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2), Tile(64, 32, 4, 2, 168), Tile(64, 64, 4, 1, 168)),
     (Pass.QUERIES, 256): (Tile(64, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 32, 4, 2)),
@@ -44,8 +46,10 @@ class Shape(NamedTuple):
     band: Band
 
 
-def shapes(dim: int) -> tuple[Shape, ...]:
+def shapes(kernel: Pass, dim: int) -> tuple[Shape, ...]:
     heads = 2048 // dim
+    if kernel is Pass.SHORT:
+        return tuple(Shape(f"32K window {window}", 2**15, heads, heads, Band.causal(window)) for window in (256, 1024, 4096))
     return (
         Shape("16K causal", 2**14, heads, heads, Band.causal()),
         Shape("16K full", 2**14, heads, heads, Band.full()),
@@ -59,7 +63,7 @@ def tune() -> None:
     for job in jobs:
         job.wait()
     for (kernel, dim), candidates in CANDIDATES.items():
-        problems = [(shape, _tensors(shape, dim)) for shape in shapes(dim)]
+        problems = [(shape, _tensors(shape, dim)) for shape in shapes(kernel, dim)]
         print(f"{f'{kernel} d{dim}':48}" + "".join(f"{shape.name:>16}" for shape, _ in problems), flush=True)
         for tile in candidates:
             rates = [_rate(kernel, dim, tile, shape, tensors) for shape, tensors in problems]
@@ -76,7 +80,7 @@ def _tensors(shape: Shape, dim: int) -> tuple[Tensor, ...]:
 def _run(kernel: Pass, dim: int, tile: Tile, shape: Shape, tensors: tuple[Tensor, ...]) -> Callable[[], Any]:
     dout, q, k, v, lse, delta = tensors
     flash, block = FlashKernel(tiles=TABLE | {(kernel, dim, 2): tile}), Block(shape.band)
-    if kernel is Pass.FORWARD:
+    if kernel in (Pass.FORWARD, Pass.SHORT):
         return partial(flash.forward, q, k, v, block, AttentionSpec())
     rows, grads = (dout, *padded_rows(lse, delta)), Grads(*(torch.empty_like(x) for x in (q, k, v)))
     call = Call(flash, q, k, v, block, AttentionSpec())
@@ -84,7 +88,7 @@ def _run(kernel: Pass, dim: int, tile: Tile, shape: Shape, tensors: tuple[Tensor
 
 
 def _rate(kernel: Pass, dim: int, tile: Tile, shape: Shape, tensors: tuple[Tensor, ...]) -> float:
-    pairs = shape.length**2 if shape.band == Band.full() else shape.length * (shape.length + 1) // 2
+    pairs = shape.band.pairs(shape.length, shape.length)
     try:
         time = milliseconds(_run(kernel, dim, tile, shape, tensors))
     except Exception as error:  # too much shared memory, mostly
@@ -94,7 +98,9 @@ def _rate(kernel: Pass, dim: int, tile: Tile, shape: Shape, tensors: tuple[Tenso
 
 
 def _compile(part: int, parts: int) -> None:
-    jobs = [(kernel, dim, tile, shape) for (kernel, dim), tiles in CANDIDATES.items() for tile in tiles for shape in shapes(dim)]
+    jobs = [
+        (kernel, dim, tile, shape) for (kernel, dim), tiles in CANDIDATES.items() for tile in tiles for shape in shapes(kernel, dim)
+    ]
     for kernel, dim, tile, shape in jobs[part::parts]:
         short = shape._replace(length=512)
         try:

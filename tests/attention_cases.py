@@ -133,7 +133,8 @@ def delta_noise(exact: Tensors, out: Tensor, dtype: torch.dtype, draws: int = 4)
     lse does, so noise is drawn and sent back through plain attention. exact, out: in fp32 or better.
     """
     eps = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * out.shape[-1] ** 0.5
-    spread = (exact.dout * out).norm(dim=-1).transpose(1, 2) * (eps / 5)  # of a rounding error: eps / sqrt(12), or half of that
+    # of a rounding error: eps / sqrt(12), or half of that; out is rounded, and so is every probability that it is made of
+    spread = (exact.dout * out).norm(dim=-1).transpose(1, 2) * (eps / 5 * 2**0.5)
     draw, noise = torch.Generator(out.device).manual_seed(0), {}
     for _ in range(draws):
         delta = spread * torch.randn(spread.shape, generator=draw, dtype=spread.dtype, device=spread.device)

@@ -97,7 +97,9 @@ def run_ring(ranks: int, work: Callable[[ThreadExchange], Result]) -> RingRun[Re
 
     def one(rank: int) -> None:
         try:
-            returned[rank] = work(ThreadExchange(rank, post))
+            # CUDA backwards of all threads share one worker a device: two that wait for each other's parcels would wait for ever
+            with torch.autograd.set_multithreading_enabled(False):
+                returned[rank] = work(ThreadExchange(rank, post))
         except BaseException as error:
             failures[rank] = error
             post.abandon()

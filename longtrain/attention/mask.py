@@ -106,7 +106,8 @@ class AttentionMask:
 
     q_segments [B, Tq], k_segments [B, Tk]: int32; tokens see each other only where their segments are equal and not PADDING (-1).
     Both are None where every token is of one document. boundaries: as in `Batch`, on the host, only for self attention; with them
-    a ring skips exchanges that no document needs. Without them nothing is skipped.
+    a ring skips exchanges that no document needs, and kernels know that documents are runs. They promise that segments ascend along
+    a row, padding last. Without them nothing is skipped.
     """
 
     band: Band

@@ -26,7 +26,8 @@ class Block:
     """One rectangle of (query, key) pairs: a band in local indices, documents, and where the rows and columns lie globally.
 
     q_segments [B, Tq], k_segments [B, Tk]: int32, of any strides, or both None. Row i is global position q_start + stride * i,
-    column j is k_start + stride * j: ALiBi and dropout read these, so that they are the same in any ring.
+    column j is k_start + stride * j: ALiBi and dropout read these, so that they are the same in any ring. runs: segments ascend
+    along both, padding last, so that what a row sees of its document is an interval.
     """
 
     band: Band
@@ -35,11 +36,12 @@ class Block:
     q_start: int = 0
     k_start: int = 0
     stride: int = 1
+    runs: bool = False
 
     @staticmethod
     def of(mask: AttentionMask) -> Block:
         """The whole of a mask as one block."""
-        return Block(mask.band, mask.q_segments, mask.k_segments)
+        return Block(mask.band, mask.q_segments, mask.k_segments, runs=mask.boundaries is not None)
 
     def narrow(self, q_start: int, q_length: int, k_start: int, k_length: int) -> Block:
         """A sub-rectangle, in its own local indices."""
@@ -50,6 +52,7 @@ class Block:
             self.q_start + self.stride * q_start,
             self.k_start + self.stride * k_start,
             self.stride,
+            self.runs,
         )
 
     def q_positions(self, queries: int, device: torch.device) -> Tensor:

@@ -59,6 +59,7 @@ class Flat(NamedTuple):
     q_start: int
     k_start: int
     stride: int
+    runs: bool
     scale: float | None
     softcap: float | None
     dropout: float
@@ -78,6 +79,7 @@ class Flat(NamedTuple):
             block.q_start,
             block.k_start,
             block.stride,
+            block.runs,
             spec.scale,
             spec.softcap,
             spec.dropout,
@@ -86,7 +88,7 @@ class Flat(NamedTuple):
 
     @property
     def block(self) -> Block:
-        return Block(Band(self.lo, self.hi), self.q_segments, self.k_segments, self.q_start, self.k_start, self.stride)
+        return Block(Band(self.lo, self.hi), self.q_segments, self.k_segments, self.q_start, self.k_start, self.stride, self.runs)
 
     @property
     def spec(self) -> AttentionSpec:
@@ -97,7 +99,8 @@ _TENSORS = 6
 """How many of the fields of Flat are tensors; they come first."""
 _FLAT = (
     "Tensor? q_segments, Tensor? k_segments, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, Tensor? dropout_seed, "
-    "SymInt? lo, SymInt? hi, SymInt q_start, SymInt k_start, SymInt stride, float? scale, float? softcap, float dropout, str kernel"
+    "SymInt? lo, SymInt? hi, SymInt q_start, SymInt k_start, SymInt stride, bool runs, float? scale, float? softcap, "
+    "float dropout, str kernel"
 )
 
 

@@ -16,12 +16,12 @@ from longtrain.kernels.vendor import CudnnKernel, FlashAttention2Kernel
 
 AUTO = "auto"
 
-_VENDOR = "its GPU tests have not run yet, and its gradients differ from run to run in the last bits: ask for it by name"
-UNPROVEN: dict[str, str] = {
+_VENDOR = "its gradients differ from run to run in the last bits: ask for it by name"
+BY_NAME: dict[str, str] = {
     "cudnn": _VENDOR,
     "flash": _VENDOR,
 }
-"""Kernels that `auto` leaves alone, and why; whoever proves one deletes its entry."""
+"""Kernels that `auto` leaves alone, and why."""
 
 
 def kernels() -> tuple[AttentionKernel, ...]:
@@ -43,7 +43,7 @@ class Choice:
 
 
 def select(needs: Needs, wanted: str = AUTO, candidates: tuple[AttentionKernel, ...] | None = None) -> Choice:
-    """The fastest proven kernel (`kernels.measured`) that can do all that `needs` holds. Asking by name never falls back.
+    """The fastest kernel (`kernels.measured`) that can do all that `needs` holds. Asking by name never falls back.
 
     Raises KernelError with every kernel's reasons where none can, or where the wanted one cannot.
     """
@@ -57,7 +57,7 @@ def select(needs: Needs, wanted: str = AUTO, candidates: tuple[AttentionKernel, 
         hint = f"; set attention.kernel to {' or '.join(['auto', *able])}" if able else ""
         raise KernelError(f"attention.kernel: {wanted} cannot do this: {'; '.join(reasons[wanted])}{hint}")
     if wanted == AUTO:
-        reasons = {name: why or ([UNPROVEN[name]] if name in UNPROVEN else []) for name, why in reasons.items()}
+        reasons = {name: why or ([BY_NAME[name]] if name in BY_NAME else []) for name, why in reasons.items()}
     order = measured(needs)
     rank = {name: place for place, name in enumerate(order.order)}
     able = sorted((name for name, why in reasons.items() if not why), key=lambda name: rank.get(name, len(rank)))

@@ -74,6 +74,7 @@ class Ring:
     spec: AttentionSpec
     q_segments: Tensor | None
     k_segments: tuple[Tensor, ...] | None
+    runs: bool
 
     @staticmethod
     def of(attend: RingAttend, queries: int, keys: int, mask: AttentionMask, spec: AttentionSpec) -> Ring:
@@ -86,7 +87,7 @@ class Ring:
             q_segments = layout.shard(padded_segments(mask.q_segments, q_length), size, rank)
             padded = padded_segments(mask.k_segments, k_length)
             k_segments = tuple(layout.shard(padded, size, source) for source in range(size))
-        return Ring(attend.kernel, attend.exchange, plan, spec, q_segments, k_segments)
+        return Ring(attend.kernel, attend.exchange, plan, spec, q_segments, k_segments, mask.boundaries is not None)
 
     def source(self, step: int) -> int:
         """Whose shard this rank computes against in `step`."""
@@ -111,6 +112,7 @@ class Ring:
             plan.q_start,
             plan.k_start,
             plan.stride,
+            self.runs,
         )
 
     def visit(self, k: Tensor, v: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:

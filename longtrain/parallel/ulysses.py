@@ -227,7 +227,8 @@ def _whole_block(mask: AttentionMask, queries: int, keys: int) -> Block:
         return Block(mask.band)
     q_segments = padded_segments(mask.q_segments, queries)
     same = mask.k_segments is mask.q_segments and queries == keys
-    return Block(mask.band, q_segments, q_segments if same else padded_segments(mask.k_segments, keys))
+    k_segments = q_segments if same else padded_segments(mask.k_segments, keys)
+    return Block(mask.band, q_segments, k_segments, runs=mask.boundaries is not None)
 
 
 class _UlyssesAttention(torch.autograd.Function):

@@ -11,7 +11,7 @@ from longtrain.attention import AttentionKernel, Band, Needs
 from longtrain.errors import KernelError, LongtrainError
 from longtrain.kernels import registry
 from longtrain.kernels.measured import TABLE, Measured, measured
-from longtrain.kernels.registry import UNPROVEN, kernels, kinds_of, select
+from longtrain.kernels.registry import BY_NAME, kernels, kinds_of, select
 
 NEEDS = Needs(frozenset(("causal", "full")), True, frozenset(), 64, 64, torch.bfloat16, "cpu")
 
@@ -76,7 +76,7 @@ def test_none_can_gives_the_reasons_of_all() -> None:
 
 
 def test_auto_leaves_unproven_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(UNPROVEN, "novel", "its sweep has not run yet: ask for it by name")
+    monkeypatch.setitem(BY_NAME, "novel", "its sweep has not run yet: ask for it by name")
     unproven = Picky("novel", [])
     choice = select(NEEDS, candidates=(unproven, SLOW))
     assert choice.kernel is SLOW
@@ -112,7 +112,7 @@ REAL = {kernel.name: kernel for kernel in kernels()}
 def test_the_order_is_the_measured_one(device: str, dtype: torch.dtype, length: int | None, order: list[str]) -> None:
     needs = replace(NEEDS, device=device, dtype=dtype, length=length)
     assert list(measured(needs).order) == order
-    for able in ({"memory_efficient", "reference"}, set(REAL) - set(UNPROVEN)):
+    for able in ({"memory_efficient", "reference"}, set(REAL) - set(BY_NAME)):
         first = next((name for name in order if name in able), None)
         chosen = select(needs, candidates=tuple(Picky(name, []) for name in REAL if name in able)).kernel.name
         assert chosen == (first or next(name for name in REAL if name in able))
@@ -131,7 +131,7 @@ def test_where_cudnn_can_it_goes_before_the_others(monkeypatch: pytest.MonkeyPat
     needs = replace(NEEDS, device="cuda", documents=False, head_dim=128, value_dim=128)
     able: tuple[AttentionKernel, ...] = tuple(Picky(k.name, []) if k.name == "triton" else k for k in kernels())
     assert select(needs, candidates=able).kernel.name == "triton"
-    monkeypatch.setattr(registry, "UNPROVEN", {})
+    monkeypatch.setattr(registry, "BY_NAME", {})
     for change, name in (
         ({}, "cudnn"),
         ({"head_dim": 64, "value_dim": 64}, "triton"),

@@ -16,8 +16,8 @@ from longtrain.kernels.flash.common import (
     scores,
     store_tile,
     tile_and_head,
-    tile_range,
     visible,
+    walk,
 )
 from longtrain.kernels.language import constexpr, jit, tl
 
@@ -86,12 +86,12 @@ def _gradients(b_p, b_dp, b_slope, b_delta, o_q, o_k, origin, numbers, word, SOF
 
 @jit(do_not_specialize=DYNAMIC)
 def queries_kernel(
-    q, k, v, p_do, p_lse, p_delta, p_dq, p_sums, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
+    q, k, v, p_do, p_lse, p_delta, p_dq, p_sums, p_q_segments, p_k_segments, p_documents, p_bias, p_slopes, p_seed,
     s_q, s_k, s_v, s_do, s_lse, s_dq, s_q_segments, s_k_segments, s_bias,
     heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale, section,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
-    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
-    DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, RUNS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr,
+    BIAS: constexpr, DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
 ):  # fmt: skip
     """dq, and with SUMS the gradient of scores summed over keys, fp32 [B, H, Tq]. Grid: tiles of queries x heads x batch."""
     shape, band = (heads, group, queries, keys), (lo, hi)
@@ -103,14 +103,10 @@ def queries_kernel(
     row = i_m * BLOCK_M
     o_m = row + tl.arange(0, BLOCK_M)
 
-    p_row = p_ranges
-    b_q_segments = o_m
-    if DOCUMENTS:
-        p_row = p_ranges + (i_b * tiles + i_m).to(tl.int64) * 4
-        b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_m, shape[2], -2)
-    begin, full_begin, full_end, end = tile_range(
-        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N
-    )
+    begin, full_begin, full_end, end, b_first, b_last = walk(
+        p_documents, p_q_segments, s_q_segments, i_b, i_m, tiles, row, shape[2], shape[3], band[0], band[1], -2,
+        HAS_LO, HAS_HI, DOCUMENTS, RUNS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     slope = 0.0
     if ALIBI:
         slope = tl.load(p_slopes + i_h)
@@ -140,12 +136,15 @@ def queries_kernel(
             b_s, b_lse[:, None], o_m[:, None], o_k[None, :], shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS
         )
         if (o_n < full_begin) | (o_n >= full_end):
-            b_k_segments = o_k
-            if DOCUMENTS:
-                b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
-            m_s = visible(
-                o_m[:, None], o_k[None, :], b_q_segments[:, None], b_k_segments[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
-            )
+            if RUNS:
+                m_s = (o_k[None, :] >= b_first[:, None]) & (o_k[None, :] <= b_last[:, None])
+            else:
+                b_k_segments = o_k
+                if DOCUMENTS:
+                    b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
+                m_s = visible(
+                    o_m[:, None], o_k[None, :], b_first[:, None], b_k_segments[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
+                )
             b_p = tl.where(m_s, b_p, 0.0)
         _, b_ds, b_dx = _gradients(
             b_p, b_dp, b_slope, b_delta[:, None], o_m[:, None], o_k[None, :], origin, numbers, word, SOFTCAP, DROPOUT
@@ -160,12 +159,12 @@ def queries_kernel(
 
 @jit(do_not_specialize=DYNAMIC)
 def keys_kernel(
-    q, p_k, p_v, do, p_lse, p_delta, p_dk, p_dv, p_sums, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
+    q, p_k, p_v, do, p_lse, p_delta, p_dk, p_dv, p_sums, p_q_segments, p_k_segments, p_documents, p_bias, p_slopes, p_seed,
     s_q, s_k, s_v, s_do, s_lse, s_dk, s_dv, s_q_segments, s_k_segments, s_bias,
     heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale, section,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
-    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
-    DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, RUNS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr,
+    BIAS: constexpr, DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
 ):  # fmt: skip
     """dk, dv, and with SUMS the gradient of scores summed over queries, fp32 [B, H, Tk]. Grid: tiles of keys x key heads x batch;
     the query heads of a key head are summed here."""
@@ -178,15 +177,11 @@ def keys_kernel(
     row = i_n * BLOCK_N
     o_n = row + tl.arange(0, BLOCK_N)
 
-    p_row = p_ranges
-    b_k_segments = o_n
-    if DOCUMENTS:
-        p_row = p_ranges + (i_b * tiles + i_n).to(tl.int64) * 4
-        b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_n, shape[3], -1)
     # the band as keys see it: -hi <= key - query <= -lo
-    begin, full_begin, full_end, end = tile_range(
-        p_row, row, tl.minimum(row + BLOCK_N, shape[3]), shape[2], -band[1], -band[0], HAS_HI, HAS_LO, DOCUMENTS, BLOCK_M
-    )
+    begin, full_begin, full_end, end, b_first, b_last = walk(
+        p_documents, p_k_segments, s_k_segments, i_b, i_n, tiles, row, shape[3], shape[2], -band[1], -band[0], -1,
+        HAS_HI, HAS_LO, DOCUMENTS, RUNS, BLOCK_N, BLOCK_M,
+    )  # fmt: skip
     b_k = load_tile(head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, row, shape[3], D, BLOCK_N, BLOCK_D, False)
     b_v = load_tile(head_of(p_v, s_v, i_b, i_kh, False), s_v[1], i_b, i_kh, row, shape[3], DV, BLOCK_N, BLOCK_V, False)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -220,12 +215,15 @@ def keys_kernel(
                 b_s, b_lse[None, :], o_q[None, :], o_n[:, None], shape, origin, numbers, slope, p_b, s_bias, SOFTCAP, ALIBI, BIAS
             )
             if (o_m < full_begin) | (o_m >= full_end):
-                b_q_segments = o_q
-                if DOCUMENTS:
-                    b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
-                m_s = visible(
-                    o_q[None, :], o_n[:, None], b_q_segments[None, :], b_k_segments[:, None], shape, band, HAS_LO, HAS_HI, DOCUMENTS
-                )
+                if RUNS:
+                    m_s = (o_q[None, :] >= b_first[:, None]) & (o_q[None, :] <= b_last[:, None])
+                else:
+                    b_q_segments = o_q
+                    if DOCUMENTS:
+                        b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
+                    m_s = visible(
+                        o_q[None, :], o_n[:, None], b_q_segments[None, :], b_first[:, None], shape, band, HAS_LO, HAS_HI, DOCUMENTS
+                    )
                 b_p = tl.where(m_s, b_p, 0.0)
             b_dropped, b_ds, b_dx = _gradients(
                 b_p, b_dp, b_slope, b_delta[None, :], o_q[None, :], o_n[:, None], origin, numbers, word, SOFTCAP, DROPOUT

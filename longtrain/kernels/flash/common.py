@@ -61,6 +61,36 @@ def ranges_kernel(p_rows, p_columns, p_ranges, rows, columns, CHUNK: constexpr):
     tl.store(p_out + 3, full_end)
 
 
+@jit(do_not_specialize=["length", "columns", "steps"])
+def runs_kernel(p_own, p_other, p_runs, s_own, s_other, length, columns, steps, BLOCK: constexpr):
+    """Per position the first and the last of the other side's positions in its document, int32 [B, 2, length].
+
+    Segments ascend, padding last: both ends are found by bisection. Nothing to see: first is `columns`, last -1.
+    Grid: blocks of positions x batch.
+    """
+    blocks = tl.cdiv(length, BLOCK)
+    i_t, i_b = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    o_t = i_t * BLOCK + tl.arange(0, BLOCK)
+    m_t = o_t < length
+    b_s = tl.load(p_own + i_b * s_own[0] + o_t.to(tl.int64) * s_own[1], mask=m_t, other=-1)
+    p_other += i_b * s_other[0]
+    first, first_end = o_t * 0, o_t * 0 + columns
+    after, after_end = o_t * 0, o_t * 0 + columns
+    for _ in range(0, steps):
+        middle = (first + first_end) // 2
+        b_o = tl.load(p_other + middle.to(tl.int64) * s_other[1], mask=middle < columns, other=-1)
+        m_up = (first < first_end) & (b_o >= 0) & (b_o < b_s)
+        first, first_end = tl.where(m_up, middle + 1, first), tl.where(m_up, first_end, middle)
+        middle = (after + after_end) // 2
+        b_o = tl.load(p_other + middle.to(tl.int64) * s_other[1], mask=middle < columns, other=-1)
+        m_up = (after < after_end) & (b_o >= 0) & (b_o <= b_s)
+        after, after_end = tl.where(m_up, middle + 1, after), tl.where(m_up, after_end, middle)
+    m_some = (b_s >= 0) & (first < after)
+    p_out = p_runs + i_b * 2 * length + o_t
+    tl.store(p_out, tl.where(m_some, first, columns), mask=m_t)
+    tl.store(p_out + length, tl.where(m_some, after - 1, -1), mask=m_t)
+
+
 @jit
 def tile_range(
     p_ranges, row, row_end, columns, lo, hi,
@@ -87,6 +117,39 @@ def tile_range(
         full_begin = tl.maximum(full_begin, tl.load(p_ranges + 2) * BLOCK)
         full_end = tl.minimum(full_end, tl.load(p_ranges + 3) * BLOCK)
     return tl.multiple_of(begin, BLOCK), full_begin, full_end, end
+
+
+@jit
+def walk(
+    p_documents, p_segments, s_segments, i_b, i_t, tiles, row, rows, columns, lo, hi, OTHER: constexpr,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, RUNS: constexpr, BLOCK_R: constexpr, BLOCK_C: constexpr,
+):  # fmt: skip
+    """What a tile of rows walks over: its `tile_range`, and the documents of its rows.
+
+    They come as (first, last) column that each row sees under lo <= row - column <= hi where documents are RUNS, else as segments,
+    twice. p_documents: of runs_kernel or of ranges_kernel.
+    """
+    o_r = row + tl.arange(0, BLOCK_R)
+    if RUNS:
+        o_r = tl.minimum(o_r, rows - 1)  # rows beyond the last, which are never stored, see what it sees
+        p_row = p_documents + i_b.to(tl.int64) * 2 * rows + o_r
+        b_first, b_last = tl.load(p_row), tl.load(p_row + rows)
+        if HAS_HI:
+            b_first = tl.maximum(b_first, o_r - hi)
+        if HAS_LO:
+            b_last = tl.minimum(b_last, o_r - lo)
+        begin = tl.multiple_of(tl.min(b_first, 0) // BLOCK_C * BLOCK_C, BLOCK_C)
+        full_begin = (tl.max(b_first, 0) + BLOCK_C - 1) // BLOCK_C * BLOCK_C
+        full_end = (tl.min(b_last, 0) + 1) // BLOCK_C * BLOCK_C
+        return begin, full_begin, full_end, tl.max(b_last, 0) + 1, b_first, b_last
+    else:
+        b_segments, p_row = o_r, p_documents
+        if DOCUMENTS:
+            b_segments = load_segments(p_segments, s_segments, i_b, o_r, rows, OTHER)
+            p_row = p_documents + (i_b * tiles + i_t).to(tl.int64) * 4
+        row_end = tl.minimum(row + BLOCK_R, rows)
+        begin, full_begin, full_end, end = tile_range(p_row, row, row_end, columns, lo, hi, HAS_LO, HAS_HI, DOCUMENTS, BLOCK_C)
+        return begin, full_begin, full_end, end, b_segments, b_segments
 
 
 @jit

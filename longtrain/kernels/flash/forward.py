@@ -13,20 +13,20 @@ from longtrain.kernels.flash.common import (
     load_tile,
     scores,
     tile_and_head,
-    tile_range,
     visible,
+    walk,
 )
 from longtrain.kernels.language import constexpr, jit, tl
 
 
 @jit(do_not_specialize=DYNAMIC)
 def forward_kernel(
-    q, k, v, p_out, p_lse, p_q_segments, p_k_segments, p_ranges, p_bias, p_slopes, p_seed,
+    q, k, v, p_out, p_lse, p_q_segments, p_k_segments, p_documents, p_bias, p_slopes, p_seed,
     s_q, s_k, s_v, s_out, s_lse, s_q_segments, s_k_segments, s_bias,
     heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale, section,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
-    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr, BIAS: constexpr,
-    DROPOUT: constexpr, PLAIN: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
+    HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, RUNS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr,
+    BIAS: constexpr, DROPOUT: constexpr, PLAIN: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
 ):  # fmt: skip
     """out [B, Tq, H, DV] and lse [B, H, Tq]; INTO merges with what they hold. Grid: tiles of queries x heads x batch."""
     shape, band = (heads, group, queries, keys), (lo, hi)
@@ -38,14 +38,10 @@ def forward_kernel(
     row = i_m * BLOCK_M
     o_m = row + tl.arange(0, BLOCK_M)
 
-    p_row = p_ranges
-    b_q_segments = o_m
-    if DOCUMENTS:
-        p_row = p_ranges + (i_b * tiles + i_m).to(tl.int64) * 4
-        b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_m, shape[2], -2)
-    begin, full_begin, full_end, end = tile_range(
-        p_row, row, tl.minimum(row + BLOCK_M, shape[2]), shape[3], band[0], band[1], HAS_LO, HAS_HI, DOCUMENTS, BLOCK_N
-    )
+    begin, full_begin, full_end, end, b_first, b_last = walk(
+        p_documents, p_q_segments, s_q_segments, i_b, i_m, tiles, row, shape[2], shape[3], band[0], band[1], -2,
+        HAS_LO, HAS_HI, DOCUMENTS, RUNS, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     slope = 0.0
     if ALIBI:
         slope = tl.load(p_slopes + i_h)
@@ -69,12 +65,15 @@ def forward_kernel(
         if not PLAIN:
             b_s, _ = scores(b_s, o_m[:, None], o_k[None, :], shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS)
         if (o_n < full_begin) | (o_n >= full_end):
-            b_k_segments = o_k
-            if DOCUMENTS:
-                b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
-            m_s = visible(
-                o_m[:, None], o_k[None, :], b_q_segments[:, None], b_k_segments[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
-            )
+            if RUNS:
+                m_s = (o_k[None, :] >= b_first[:, None]) & (o_k[None, :] <= b_last[:, None])
+            else:
+                b_k_segments = o_k
+                if DOCUMENTS:
+                    b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
+                m_s = visible(
+                    o_m[:, None], o_k[None, :], b_first[:, None], b_k_segments[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
+                )
             b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.max(b_s, 1)
         if PLAIN:

@@ -26,6 +26,8 @@ DELTA_ROWS = 32
 """Of a program that makes delta: 16 KiB of dout and out at a width of 128."""
 CHUNK = 1024
 """Tiles whose documents are read at once."""
+RUN_ROWS = 128
+"""Positions of a program that finds runs: few, so that there are enough programs to hide its waits."""
 
 
 class FlashKernel:
@@ -75,17 +77,18 @@ class FlashKernel:
         else:
             into_, merge = Partial(_accumulator(into.out), into.lse), True
         call = Call(self, q, k, v, block, spec)
-        tile = call.tile(Pass.FORWARD)
+        tile = call.tile(Pass.SHORT if call.short else Pass.FORWARD)
         k_, v_, tma = call.tiled(tile.columns, k=call.k, v=call.v)
         plain = not spec.features - {"dropout"} and spec.scale_for(q.shape[-1]) > 0
         call.launch(
             forward_kernel,
             call.count(queries, tile.rows) * batch * heads,
             tile,
-            (call.q, k_, v_, *into_, *call.segments, call.ranges(tile.rows, tile.columns), *call.modifiers),
+            (call.q, k_, v_, *into_, *call.segments, call.documents(tile), *call.modifiers),
             (call.q, call.k, call.v, into_.out, into_.lse, *call.segments, call.bias),
             (call.section(call.k, call.v) * call.group,),
             BIAS=spec.bias is not None,
+            RUNS=call.runs,
             PLAIN=plain,
             INTO=merge,
             TMA=tma,
@@ -168,15 +171,15 @@ def run_queries(call: Call, rows: Rows, grads: Grads, into: bool = False, sums: 
     tile = call.tile(Pass.QUERIES)
     k, v, tma = call.tiled(tile.columns, k=call.k, v=call.v)
     partial = torch.empty(batch, heads, queries if sums else 0, 1, dtype=torch.float32, device=grads.dq.device)
-    ranges = call.ranges(tile.rows, tile.columns)
     call.launch(
         queries_kernel,
         call.count(queries, tile.rows) * batch * heads,
         tile,
-        (call.q, k, v, *rows, _accumulator(grads.dq), partial, *call.segments, ranges, *call.modifiers),
+        (call.q, k, v, *rows, _accumulator(grads.dq), partial, *call.segments, call.documents(tile), *call.modifiers),
         (call.q, call.k, call.v, *rows[:2], grads.dq, *call.segments, call.bias),
         (call.section(call.k, call.v) * call.group,),
         BIAS=call.bias is not None,
+        RUNS=call.runs,
         SUMS=sums,
         INTO=into,
         TMA=tma,
@@ -192,16 +195,16 @@ def run_keys(call: Call, rows: Rows, grads: Grads, into: bool = False, sums: boo
     tile = call.tile(Pass.KEYS)
     q, dout, tma = call.tiled(tile.rows, q=call.q, dout=rows[0])
     partial = torch.empty(batch, heads, 1, keys if sums else 0, dtype=torch.float32, device=grads.dk.device)
-    ranges = call.ranges(tile.rows, tile.columns, of_keys=True)
     dk, dv = _accumulator(grads.dk), _accumulator(grads.dv)
     call.launch(
         keys_kernel,
         call.count(keys, tile.columns) * batch * kv_heads,
         tile,
-        (q, call.k, call.v, dout, *rows[1:], dk, dv, partial, *call.segments, ranges, *call.modifiers),
+        (q, call.k, call.v, dout, *rows[1:], dk, dv, partial, *call.segments, call.documents(tile, of_keys=True), *call.modifiers),
         (call.q, call.k, call.v, *rows[:2], dk, dv, *call.segments, call.bias),
         (call.section(call.q, rows[0]),),
         BIAS=call.bias is not None,
+        RUNS=call.runs,
         SUMS=sums,
         INTO=into,
         TMA=tma,
@@ -239,6 +242,7 @@ class Call:
         self.hopper = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (9, 0)
         self.block_d, self.block_v = _padded(dim), _padded(value_dim)
         self.segments = (block.q_segments, block.k_segments)
+        self.runs = block.runs and block.q_segments is not None
         self.bias = None if spec.bias is None else _four(spec.bias.detach()).expand(batch, heads, queries, keys)
         slopes = None if spec.alibi_slopes is None else spec.alibi_slopes.to(q.device, torch.float32).contiguous()
         seed = spec.dropout_seed.contiguous() if spec.dropout and spec.dropout_seed is not None else None
@@ -246,6 +250,7 @@ class Call:
         lo, hi = block.band.lo, block.band.hi
         lo = None if lo is None or lo <= 1 - keys else lo
         hi = None if hi is None or hi >= queries - 1 else hi
+        self.short = block.q_segments is not None or (lo is not None and hi is not None)
         threshold = min(round(spec.dropout * 2**32), 2**32 - 1)
         self.group = heads // kv_heads
         self.scalars = (
@@ -295,14 +300,24 @@ class Call:
                 BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **limit,
             )  # fmt: skip
 
-    def ranges(self, rows: int, columns: int, of_keys: bool = False) -> Tensor | None:
-        """int32 [B, tiles, 4]: which tiles of keys a tile of queries meets in a document, or the other way round."""
+    def documents(self, tile: Tile, of_keys: bool = False) -> Tensor | None:
+        """What the programs of queries, or those of keys, need to know of documents: int32, of runs_kernel [B, 2, length] where
+        they are runs, else of ranges_kernel [B, tiles, 4]."""
         q_segments, k_segments = self.segments
         if q_segments is None or k_segments is None:
             return None
-        from longtrain.kernels.flash.common import ranges_kernel
+        from longtrain.kernels.flash.common import ranges_kernel, runs_kernel
 
-        q_spans, k_spans = self._spans(q_segments, rows), self._spans(k_segments, columns)
+        if self.runs:
+            own, other = (k_segments, q_segments) if of_keys else (q_segments, k_segments)
+            (batch, length), columns = own.shape, other.shape[1]
+            runs = torch.empty(batch, 2, length, dtype=torch.int32, device=own.device)
+            with _on(self.q):
+                runs_kernel[(self.count(length, RUN_ROWS) * batch,)](
+                    own, other, runs, own.stride(), other.stride(), length, columns, columns.bit_length(), BLOCK=RUN_ROWS
+                )
+            return runs
+        q_spans, k_spans = self._spans(q_segments, tile.rows), self._spans(k_segments, tile.columns)
         own, other = (k_spans, q_spans) if of_keys else (q_spans, k_spans)
         ranges = torch.empty(*own.shape[:2], 4, dtype=torch.int32, device=own.device)
         with _on(self.q):

@@ -7,9 +7,10 @@ from enum import StrEnum
 
 
 class Pass(StrEnum):
-    """The kernels: out; dq; dk and dv; dbias where it has both rows and columns."""
+    """The kernels: out, also of queries that see a document or a window; dq; dk and dv; dbias where it has rows and columns."""
 
     FORWARD = "forward"
+    SHORT = "forward, short"
     QUERIES = "dq"
     KEYS = "dk, dv"
     BIAS = "dbias"
@@ -40,6 +41,9 @@ TABLE: Tiles = WIDE | {
     (Pass.FORWARD, 64, 2): Tile(64, 128, 4, 2),
     (Pass.FORWARD, 128, 2): Tile(128, 64, 4, 2),
     (Pass.FORWARD, 256, 2): Tile(128, 64, 8, 2),
+    (Pass.SHORT, 64, 2): Tile(64, 128, 4, 2),
+    (Pass.SHORT, 128, 2): Tile(64, 64, 4, 3),
+    (Pass.SHORT, 256, 2): Tile(128, 64, 8, 2),
     (Pass.QUERIES, 64, 2): Tile(128, 64, 8, 3, 128),
     (Pass.QUERIES, 128, 2): Tile(64, 64, 4, 2),
     (Pass.QUERIES, 256, 2): Tile(64, 32, 4, 2),
@@ -48,13 +52,17 @@ TABLE: Tiles = WIDE | {
     (Pass.KEYS, 256, 2): Tile(64, 64, 8, 2),
     (Pass.BIAS, 256, 2): Tile(64, 64, 8, 1),
 }
-"""Hopper and later, measured on an H100 (benchmarks/results/attention-tiles-*.txt). At widths of 64 and 128 two programs and more
-share a multiprocessor; one program of 8 warps with larger tiles is 20% slower there."""
+"""Hopper and later, measured on an H100 (`python -m benchmarks.attention --tune`). At widths of 64 and 128 two programs and more
+share a multiprocessor; one program of 8 warps with larger tiles is 20% slower there. Tiles of 64 rows waste less where a document
+or a window begins and ends; over long rows the L2 cache bounds them."""
 
 COMPACT: Tiles = WIDE | {
     (Pass.FORWARD, 64, 2): Tile(128, 64, 4, 2),
     (Pass.FORWARD, 128, 2): Tile(128, 32, 4, 2),
     (Pass.FORWARD, 256, 2): Tile(64, 32, 4, 1),
+    (Pass.SHORT, 64, 2): Tile(64, 64, 4, 2),
+    (Pass.SHORT, 128, 2): Tile(64, 32, 4, 2),
+    (Pass.SHORT, 256, 2): Tile(64, 32, 4, 1),
     (Pass.QUERIES, 64, 2): Tile(64, 64, 4, 2),
     (Pass.QUERIES, 128, 2): Tile(64, 32, 4, 2),
     (Pass.QUERIES, 256, 2): Tile(32, 32, 4, 1),
