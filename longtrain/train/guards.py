@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longtrain.errors import TrainingError
+from longtrain.parallel.deepspeed import Engine, StepResult
 from longtrain.train.checkpoint_folder import STEP_FOLDER, complete
 from longtrain.train.state import Progress
 
@@ -23,6 +24,22 @@ def poison_if_broken(loss_sum: Tensor, earlier: Sequence[Tensor]) -> Tensor:
     return loss_sum * torch.where(total.isfinite(), 1.0, float("nan")).to(loss_sum.dtype)
 
 
+def poison(loss_sum: Tensor) -> Tensor:
+    """`loss_sum`, with NaN as its gradient: the engine then updates nothing, on any rank."""
+    return loss_sum * float("nan")
+
+
+def step_poisoned(engine: Engine) -> StepResult:
+    """The step after `poison`: an overflow to the engine, but the fp16 loss scale, which was not at fault, stays as it is."""
+    scaler = engine.scaler_state()
+    if scaler is not None and scaler["cur_scale"] <= 1:
+        # DeepSpeed ends the run where it would have to lower a scale of 1
+        engine.set_scaler_state(scaler | {"cur_scale": 2.0})
+    result = engine.step()
+    engine.set_scaler_state(scaler)
+    return result
+
+
 def check_skips(progress: Progress, most: int, checkpoints: Path) -> None:
     """Raises TrainingError, the same on every rank, after `most` steps in a row without an update.
 
@@ -30,16 +47,22 @@ def check_skips(progress: Progress, most: int, checkpoints: Path) -> None:
     """
     if progress.skipped_in_row < most:
         return
-    healthy = progress.step - progress.skipped_in_row
-    good = [path for path in complete(checkpoints) if _step(path) < healthy]
+    good = good_checkpoints(progress, checkpoints)
     where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint from before that"
+    times = f" after {progress.roll_backs} roll-backs (guards.max_roll_backs)" if progress.roll_backs else ""
     raise TrainingError(
-        f"step {progress.step}: the last {progress.skipped_in_row} steps updated nothing, because a loss or gradient was not "
-        f"finite (training.max_skipped); {where}. Later ones may be spoilt: to go on from it delete them, or name it with --resume "
-        "and another output; a lower optimizer.lr or optimizer.grad_clip may help"
+        f"step {progress.step}: the last {progress.skipped_in_row} steps updated nothing{times}, because a loss or gradient was "
+        f"not finite, or the loss a spike (training.max_skipped); {where}. Later ones may be spoilt: to go on from it delete them, "
+        "or name it with --resume and another output; a lower optimizer.lr or optimizer.grad_clip may help"
     )
 
 
-def _step(path: Path) -> int:
-    match = STEP_FOLDER.fullmatch(path.name)
+def good_checkpoints(progress: Progress, checkpoints: Path) -> list[Path]:
+    """Those up to the newest step that is known to be sound, in order."""
+    return [path for path in complete(checkpoints) if step_of(path) <= progress.sound]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint of a run is called after."""
+    match = STEP_FOLDER.fullmatch(checkpoint.name)
     return int(match[1]) if match else 0

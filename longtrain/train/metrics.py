@@ -37,7 +37,8 @@ class Metrics:
     between machines. mfu_causal counts the work that documents, band and padding leave, mfu_full the whole square of pairs;
     recomputation never; null where the device's peak is not known. memory_gib: the most that any tensor allocation reached on this
     device, or of the process on a CPU. skipped_steps: of the whole run, without an update because a loss or gradient was not
-    finite. save_seconds: how long training stood still for checkpoints since the report before, null where there was none.
+    finite or a spike; loss_spikes and roll_backs: of the whole run too. save_seconds: how long training stood still for checkpoints
+    since the report before, null where there was none.
     """
 
     step: int
@@ -55,6 +56,8 @@ class Metrics:
     eval_by_position: Sequence[Span] | None = None
     skipped_steps: int = 0
     save_seconds: float | None = None
+    loss_spikes: int = 0
+    roll_backs: int = 0
 
 
 def scalars(metrics: Metrics) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from longtrain.parallel.deepspeed import Engine
 from longtrain.parallel.loss import loss_scale
 from longtrain.parallel.shard import Shard, shard_batch
 from longtrain.plan import Plan
-from longtrain.train.guards import poison_if_broken
+from longtrain.train.guards import poison, poison_if_broken, step_poisoned
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Prepared:
 @dataclass(frozen=True)
 class StepOutcome:
     """loss: mean over the trainable tokens of all ranks, nan where there is none. grad_norm: global, before clipping. flops: of
-    all ranks. skipped: a loss or gradient of some rank was not finite, and nothing was updated on any."""
+    all ranks. skipped: nothing was updated on any rank, because a loss or gradient of some was not finite or the loss too high."""
 
     loss: float
     grad_norm: float
@@ -50,24 +51,47 @@ def prepare_step(plan: Plan, ctx: ParallelContext, batches: Sequence[Batch], sig
     return Prepared(batches, shards, int(tokens), tuple(count > 0 for count in given))
 
 
-def train_step(engine: Engine, plan: Plan, ctx: ParallelContext, step: Prepared, lr: float) -> StepOutcome:
-    """Forward and backward over every micro batch, then one update with learning rate `lr`."""
-    batches, tokens = step.batches, step.tokens
-    scale = loss_scale(world=ctx.world, accumulation=plan.accumulation, tokens=tokens)
+def train_step(
+    engine: Engine,
+    plan: Plan,
+    ctx: ParallelContext,
+    step: Prepared,
+    lr: float,
+    *,
+    highest: float = math.inf,
+    begin: Callable[[str], None] = lambda phase: None,
+) -> StepOutcome:
+    """Forward and backward over every micro batch, then one update with learning rate `lr`; none where the loss is above `highest`.
+
+    Where that is finite, all ranks wait for the loss before the last backward pass. begin: is told what begins.
+    """
+    begin("forward and backward")
+    scale = loss_scale(world=ctx.world, accumulation=plan.accumulation, tokens=step.tokens)
     engine.set_lr(lr)
     sums: list[Tensor] = []
+    totals: tuple[float, Flops] | None = None
+    refused = False
     for number, shard in enumerate(shard.to(ctx.device) for shard in step.shards):
-        loss_sum = engine.forward(shard.tokens, shard.positions, shard.mask, shard.labels)
+        loss_sum = engine.forward(shard.tokens, shard.positions, shard.mask, shard.labels, shard.noise)
         sums.append(loss_sum.detach())
         if number == len(step.shards) - 1:
-            loss_sum = poison_if_broken(loss_sum, sums[:-1])
+            if highest < math.inf:
+                totals = _totals(plan, ctx, step, sums)
+                refused = highest < totals[0] < math.inf
+            loss_sum = poison(loss_sum) if refused else poison_if_broken(loss_sum, sums[:-1])
         engine.backward(loss_sum, scale)
-    result = engine.step()
-    causal, full = _flops(plan, batches) if ctx.cp_rank == 0 else (0, 0)
+    begin("update")
+    result = step_poisoned(engine) if refused else engine.step()
+    loss, flops = totals or _totals(plan, ctx, step, sums)
+    return StepOutcome(loss, result.grad_norm, flops, result.skipped)
+
+
+def _totals(plan: Plan, ctx: ParallelContext, step: Prepared, sums: Sequence[Tensor]) -> tuple[float, Flops]:
+    """The mean loss and the FLOPs of all ranks' micro batches; `sums`: losses of this one's. A collective that waits for them."""
+    causal, full = _flops(plan, step.batches) if ctx.cp_rank == 0 else (0, 0)
     local_loss = sum(float(loss) for loss in sums)
     loss, causal, full = ctx.all_reduce_sum([local_loss, float(causal), float(full)])
-    mean = loss / tokens if tokens else float("nan")
-    return StepOutcome(mean, result.grad_norm, Flops(int(causal), int(full)), result.skipped)
+    return loss / step.tokens if step.tokens else float("nan"), Flops(int(causal), int(full))
 
 
 def _flops(plan: Plan, batches: Sequence[Batch]) -> Flops:

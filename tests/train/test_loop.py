@@ -25,7 +25,7 @@ from longtrain.train.optim import learning_rate
 from longtrain.train.resume import choose
 from longtrain.train.run import run_training
 from longtrain.train.run_folder import RECIPE_FILE
-from longtrain.train.state import Progress
+from longtrain.train.state import Progress, RecentLosses
 from longtrain.train.step import StepOutcome
 from longtrain.train.tracking import METRICS_FILE, JsonLines, Trackers, read_metrics
 from tests.distributed import run_ranks
@@ -33,6 +33,7 @@ from tests.tiny import tiny_recipe, write_corpus
 
 KEYS = ["step", "loss", "eval_loss", "lr", "grad_norm", "tokens", "tokens_per_second", "tokens_per_second_per_rank"]
 KEYS += ["step_seconds", "mfu_causal", "mfu_full", "memory_gib", "eval_by_position", "skipped_steps", "save_seconds"]
+KEYS += ["loss_spikes", "roll_backs"]
 CADENCE = ["checkpoint.every=4", "evaluation.every=3", "tracking.every=5"]
 METRICS = Metrics(7, 2.5, None, 1e-3, 0.5, 1344, 3000.0, 1500.0, 0.064, None, None, 1.25)
 
@@ -74,7 +75,9 @@ class Stage:
             run._saved = run.progress.step
 
         patch.setattr(loop, "prepare_step", lambda plan, ctx, step, signs: SimpleNamespace(step=step, signs=signs))
-        patch.setattr(loop, "train_step", lambda engine, plan, ctx, prepared, lr: train_step(engine, plan, ctx, prepared.step, lr))
+        patch.setattr(
+            loop, "train_step", lambda engine, plan, ctx, prepared, lr, **_: train_step(engine, plan, ctx, prepared.step, lr)
+        )
         patch.setattr(Run, "save", save)
         nothing = cast(Any, None)
         self.run = Run(plan, ctx, nothing, nothing, cast(Any, loader), Path("nowhere"), Trackers([self.seen]))
@@ -109,9 +112,15 @@ def test_cadence(
     monkeypatch: pytest.MonkeyPatch, done: int, until: int, saved: list[int], evaluated: list[int], reported: list[int]
 ) -> None:
     stage = Stage(monkeypatch, *CADENCE, done=done)
-    assert stage.train(until) == Progress(until, until * 192, until * 4)
+    assert replace(stage.train(until), sound=0, losses=RecentLosses()) == Progress(until, until * 192, until * 4)
     assert (stage.saved, stage.evaluated, stage.reported) == (saved, evaluated, reported)
     assert [step for step, _ in stage.trained] == list(range(done, until))
+
+
+def test_without_checkpoints_not_even_the_last_step_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, "checkpoint.every=null")
+    assert stage.train(10).step == 10
+    assert (stage.saved, stage.reported) == ([], list(range(1, 11)))
 
 
 def test_without_evaluation_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

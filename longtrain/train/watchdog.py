@@ -1,0 +1,165 @@
+"""Ending a job that is stuck: a thread of every rank notices when no rank does anything any more.
+
+A rank that waits in a collective for a slow one is not stuck. So the ranks count their signs of life together, in the store through
+which they met, and a rank gives up when neither it nor any other has given one for too long. No collective is run here, and none is
+waited for: the threads work while the main one is inside one. The store and the disk, which may hang too, have a thread of their
+own.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from longtrain.parallel.context import ParallelContext
+
+STUCK = 70
+"""Exit code of a process that was stuck: EX_SOFTWARE of sysexits.h."""
+STACKS = "stacks"
+"""Folder in the run's for the stacks of stuck ranks."""
+GRACE = 10.0
+"""Seconds that a stuck rank waits for the stacks of all to be written."""
+LOOKS = 10
+"""How many times the watchdog looks in the time that it is given."""
+SLOW = 4
+"""How many times as long the first step, which compiles, and a roll-back, which reads a checkpoint, may take."""
+
+
+class Watchdog:
+    """A context in which every `seconds` must bring a sign of life; None: whatever happens. One at a time in a process.
+
+    folder: of the run. Signs of life are `beat`, `alive` and, in the phase "save", that files of this rank's checkpoint grow. Else
+    the stacks of all threads of all ranks go to `folder`/stacks, and the processes end with exit code STUCK, after at most
+    1.3 x `seconds` + GRACE. A process that was stopped as a whole, as by a debugger, has its time again when it goes on.
+    """
+
+    def __init__(self, ctx: ParallelContext, folder: Path, seconds: float | None) -> None:
+        self._rank, self._world, self._folder, self._seconds = ctx.rank, ctx.world, folder, seconds
+        self._at = (0, "start")
+        self._first: int | None = None
+        self._own = self._all = 0
+        self._others_end = False
+        self._ended, self._ending = threading.Event(), threading.Event()
+        self._stores: list[Any] = []
+        if ctx.world > 1 and seconds is not None:
+            store: Any = dist.distributed_c10d._get_default_store()
+            # a clone has its own connection: another thread that waits in the store would hold up this one
+            clones = (store.clone(), store.clone())
+            self._stores = [dist.PrefixStore("longtrain/watchdog", clone) for clone in clones]  # pyright: ignore
+
+    def beat(self, step: int, phase: str) -> None:
+        """Tells that `phase` of the step of this number begins."""
+        self._first = step if self._first is None else self._first
+        self._at = (step, phase)
+        self.alive()
+
+    def alive(self) -> None:
+        """Tells that the phase goes on."""
+        self._own += 1
+
+    def __enter__(self) -> Watchdog:
+        if self._seconds is not None:
+            poll = self._seconds / LOOKS
+            for work in (self._judge, self._exchange):
+                threading.Thread(target=work, args=(self._seconds, poll), name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._ending.is_set():
+            # this rank's collective failed because another has left already: that is not the reason to be told
+            time.sleep(2 * GRACE)
+        self._ended.set()
+
+    def _judge(self, seconds: float, poll: float) -> None:
+        """Touches nothing that could hang."""
+        seen, heard = (-1, -1), time.monotonic()
+        looked = heard
+        while not self._ended.wait(poll):
+            signs, now = (self._own, self._all), time.monotonic()
+            if signs != seen or now - looked > poll + seconds / 2:
+                seen, heard = signs, now
+            looked = now
+            step, phase = self._at
+            patience = seconds * (SLOW if step == self._first or phase == "roll-back" else 1)
+            if self._others_end or now - heard > patience:
+                self._end(now - heard)
+
+    def _exchange(self, seconds: float, poll: float) -> None:
+        """Adds this rank's signs of life to those of all, and hears of theirs."""
+        told, grown = 0, 0
+        while not self._ended.wait(poll):
+            size = self._saved_bytes() if self._at[1] == "save" else grown
+            if size != grown:
+                grown = size
+                self.alive()
+            if not self._stores:
+                continue
+            own = self._own
+            try:
+                self._all = self._stores[0].add("signs", own - told)
+                self._others_end = self._stores[0].check(["stuck"])
+                told = own
+            except RuntimeError:  # its host is gone: then this rank stands alone
+                return
+
+    def _saved_bytes(self) -> int:
+        """Of this rank, in a checkpoint that is being written."""
+        total = 0
+        for path in self._folder.glob(f"checkpoints/step-*.tmp/rank-{self._rank:05d}*"):
+            try:
+                total += path.stat().st_size
+            except OSError:
+                continue
+        return total
+
+    def _end(self, silent: float) -> None:
+        self._ending.set()
+        step, phase = self._at
+        path = self._folder / STACKS / f"step-{step:08d}-rank-{self._rank:05d}.txt"
+        reason = "another rank found all stuck" if self._others_end else f"no sign of life from any rank for {silent:.1f} s"
+        headline = f"rank {self._rank}: stuck at step {step}, {phase}: {reason}"
+        ending = f"ending with exit code {STUCK}; the same command goes on from the newest checkpoint"
+        print(f"{headline}; stacks of its threads: {path}; {ending}", file=sys.stderr, flush=True)
+        write = threading.Thread(target=_write_stacks, args=(path, headline), daemon=True)
+        write.start()
+        farewell = threading.Thread(target=self._farewell, args=(write,), daemon=True)
+        farewell.start()
+        farewell.join(GRACE)
+        if write.is_alive():  # the disk may be what all wait for
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        os._exit(STUCK)
+
+    def _farewell(self, write: threading.Thread) -> None:
+        """Tells the other ranks, and waits until the stacks of all are written."""
+        if not self._stores:
+            write.join()
+            return
+        with suppress(RuntimeError):  # the store is gone
+            self._stores[1].set("stuck", "")
+        write.join()
+        with suppress(RuntimeError):
+            written = self._stores[1].add("written", 1)
+            while written < self._world:
+                time.sleep(0.05)
+                written = self._stores[1].add("written", 0)
+
+
+def _write_stacks(path: Path, headline: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            file.write(f"{headline}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+            os.fsync(file.fileno())
+    except OSError:
+        faulthandler.dump_traceback(sys.stderr, all_threads=True)

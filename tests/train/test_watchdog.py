@@ -1,0 +1,171 @@
+"""A stuck rank ends the job, with the stacks of all ranks on disk; a slow one does not."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longtrain.data.loader import Loader, held_out
+from longtrain.evaluate.held_out import held_out_loss
+from longtrain.parallel.context import ParallelContext
+from longtrain.parallel.deepspeed import Engine
+from longtrain.plan import make_plan
+from longtrain.train import checkpoint
+from longtrain.train import watchdog as watchdog_module
+from longtrain.train.assemble import open_data
+from longtrain.train.resume import choose
+from longtrain.train.run import run_training
+from longtrain.train.watchdog import GRACE, LOOKS, STACKS, STUCK, Watchdog
+from tests.distributed import run_ranks, start_ranks
+from tests.one_rank import OneRank
+from tests.tiny import tiny_recipe, write_corpus
+
+SECONDS = 2.0
+WITHIN = SECONDS * (1 + 3 / LOOKS) + GRACE
+# where the last rank hangs: what it is in then, the phase that it says, and at which call of it (those of the start-up probe count)
+PLACES: dict[str, tuple[Any, str, str, int]] = {
+    "data": (Loader, "step", "data", 3),
+    "collective": (Engine, "step", "update", 4),
+}
+
+
+def _train(ctx: ParallelContext, overrides: Sequence[str], place: str | None, mark: str, slow: float = 0.0) -> int:
+    """place: where the last rank hangs for ever. slow: seconds that each of these takes it instead."""
+    plan = make_plan(tiny_recipe(*overrides), ctx.world, "cpu")
+    split, unseen = open_data(plan)
+    assert unseen is not None
+    batches = held_out(unseen, 3, micro_batch_size=1, dp=plan.dp, dp_rank=ctx.dp_rank)
+    last = ctx.rank == ctx.world - 1
+
+    def at(owner: Any, name: str, call: int | None, seconds: float) -> None:
+        inner, calls = getattr(owner, name), 0
+
+        def outer(*arguments: Any, **more: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if call is None or calls == call:
+                if call is not None:
+                    Path(mark).write_text(str(time.time()))
+                time.sleep(seconds)
+            return inner(*arguments, **more)
+
+        patch.setattr(owner, name, outer)
+
+    said = Path(f"{mark}-{ctx.rank}").open("w")  # noqa: SIM115 (the process may end here)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()), redirect_stderr(said):
+        if last and place is not None:
+            owner, name, _, call = PLACES[place]
+            at(owner, name, call, 3600.0)
+        if last and slow:
+            for owner, name in [(Loader, "step"), (Engine, "forward"), (Engine, "step"), (checkpoint, "write_tensors")]:
+                at(owner, name, None, slow)
+        return run_training(
+            plan,
+            ctx,
+            split,
+            choose(plan.recipe, split, "never"),
+            until=None,
+            evaluate=lambda run: held_out_loss(run.engine, run.plan, run.ctx, batches),
+        ).step
+
+
+def _recipe(folder: Path, run: str, seconds: float | None, *more: str) -> list[str]:
+    write_corpus(folder / "data", 7)
+    given = "null" if seconds is None else seconds
+    own = [f"data.path={folder / 'data'}", f"output={folder / run}", f"guards.watchdog_seconds={given}"]
+    return [*own, "training.steps=3", "evaluation.sequences=3", *more]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_stuck_rank_ends_both(tmp_path: Path, place: str) -> None:
+    overrides, mark = _recipe(tmp_path, "run", SECONDS, "evaluation.every=9"), tmp_path / "mark"
+    with start_ranks(_train, 2, overrides, place, str(mark)) as ranks:
+        ready = wait([process.sentinel for process in ranks.processes], 90)
+        assert ready
+        for process in ranks.processes:
+            process.join(GRACE)
+        assert time.time() - float(mark.read_text()) < WITHIN
+        assert [process.exitcode for process in ranks.processes] == [STUCK, STUCK]
+    _, _, phase, _ = PLACES[place]
+    said = [Path(f"{mark}-{rank}").read_text() for rank in range(2)]
+    files = sorted((tmp_path / "run" / STACKS).iterdir())
+    assert [path.name for path in files] == ["step-00000003-rank-00000.txt", "step-00000003-rank-00001.txt"]
+    waiting, stuck = (path.read_text() for path in files)
+    assert stuck.startswith(f"rank 1: stuck at step 3, {phase}: ")
+    assert "in outer" in stuck, "the main thread sleeps there"
+    assert "_gather" in waiting or "distributed_c10d.py" in waiting, "the main thread is in a collective"
+    assert "loader" in stuck or "_worker" in stuck, "all threads are there"
+    for rank, path in enumerate(files):
+        assert said[rank].startswith(f"rank {rank}: stuck at step 3, ")
+        assert f"stacks of its threads: {path}; ending with exit code {STUCK}" in said[rank]
+    assert "no sign of life from any rank for " in said[0] + said[1]
+
+
+def test_slow_is_not_stuck(tmp_path: Path) -> None:
+    """One rank takes most of the time that all have, again and again, and for longer than that in all, also in one phase."""
+    more = ["evaluation.every=1", "training.batch_size=2"]
+    assert run_ranks(_train, 2, _recipe(tmp_path, "run", 1.0, *more), None, str(tmp_path / "mark"), 0.6) == [3, 3]
+    assert not (tmp_path / "run" / STACKS).exists()
+
+
+def test_alone_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(watchdog_module, "GRACE", 0.1)
+    with Watchdog(OneRank().ctx, tmp_path, None):
+        time.sleep(0.3)
+    with Watchdog(OneRank().ctx, tmp_path, 0.5) as watchdog:
+        watchdog.beat(1, "data")
+        time.sleep(1)  # the first step may take longer
+        watchdog.beat(2, "evaluation")
+        for _ in range(4):
+            time.sleep(0.25)
+            watchdog.alive()
+        part = tmp_path / "checkpoints/step-00000002.tmp/rank-00000-00003.safetensors"
+        part.parent.mkdir(parents=True)
+        watchdog.beat(2, "save")
+        for size in range(1, 5):  # written while training waits
+            time.sleep(0.25)
+            part.write_bytes(b"x" * size)
+        assert ended == []
+        assert not (tmp_path / STACKS).exists()
+        time.sleep(1)
+    assert set(ended) == {STUCK}
+    [path] = (tmp_path / STACKS).iterdir()
+    assert path.name == "step-00000002-rank-00000.txt"
+    assert "test_alone_and_without" in path.read_text()
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from longtrain.train.watchdog import Watchdog
+with Watchdog(SimpleNamespace(rank=0, world=1), Path(sys.argv[1]), 1.0) as watchdog:
+    for step in range(8):
+        watchdog.beat(step, "data")
+        print(step, flush=True)
+        time.sleep(0.4)
+"""
+
+
+def test_a_stopped_process_has_its_time_again(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", STOPPED, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        while process.stdout.readline() != "2\n":
+            pass
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(30) == 0
