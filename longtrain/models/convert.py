@@ -1,11 +1,11 @@
-"""A Hugging Face folder of pickled weights as one of safetensors."""
+"""Pickled weights, of a Hugging Face folder or of a checkpoint of DeepSpeed's, as a Hugging Face folder of safetensors."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from longtrain.errors import CheckpointError
-from longtrain.models.config_json import read_config
+from longtrain.models.config import ModelConfig
+from longtrain.models.config_json import CONFIG, read_config
+from longtrain.models.deepspeed_folder import open_deepspeed
+from longtrain.models.families import hugging_face_names
 from longtrain.models.huggingface import SHARD_BYTES, write_weights
-from longtrain.models.pretrained import open_pretrained
+from longtrain.models.pretrained import INDEX, open_pretrained
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -28,14 +31,41 @@ def to_safetensors(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> P
         CheckpointError: a file is missing, damaged or holds more than tensors; the model is not implemented; `out` exists.
     """
     config = read_config(folder)
+    return _write(out, config, _tensors(folder, config.tied_embeddings), folder, shard_bytes)
+
+
+def from_deepspeed(folder: Path, out: Path, described: Path | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
+    """Writes the fp32 master weights of a checkpoint that DeepSpeed saved to the Hugging Face folder `out`, which must not exist.
+
+    folder: what save_checkpoint was given, or one step in it. described: the Hugging Face folder whose config.json and tokenizer
+    belong to the model; by default `folder` or the one above it. Parameters may have Hugging Face's names or ours. One parameter is
+    held at a time, and a shard; optimizer moments are left behind.
+
+    Raises:
+        CheckpointError: as `open_deepspeed`; config.json is missing or of another model; `out` exists.
+    """
+    weights = open_deepspeed(folder)
+    if described is None:
+        described = next((place for place in (folder, weights.step, weights.step.parent) if (place / CONFIG).is_file()), None)
+        if described is None:
+            raise CheckpointError(f"{folder}: has no {CONFIG}; name the Hugging Face folder of its model with --config FOLDER")
+    config = read_config(described)
+    names = hugging_face_names(config)
+    theirs = names if weights.shapes.keys() <= names.keys() else {name: name for name in weights.shapes}
+    tensors = ((theirs[name], weights.read(name)) for name in weights.shapes)
+    return _write(out, config, tensors, described, shard_bytes)
+
+
+def _write(out: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], described: Path, shard_bytes: int) -> Path:
+    """A folder of these weights, with the JSON and tokenizer files of `described`, checked, whole or not at all."""
     if out.exists():
         raise CheckpointError(f"{out} exists; name a folder that does not")
     part = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
     part.mkdir(parents=True)
     try:
-        write_weights(part, _tensors(folder, config.tied_embeddings), shard_bytes)
-        for path in folder.iterdir():
-            if path.suffix in (".json", ".model", ".txt") and path.name != PICKLE_INDEX and path.is_file():
+        write_weights(part, tensors, shard_bytes)
+        for path in described.iterdir():
+            if path.suffix in (".json", ".model", ".txt") and path.name not in (PICKLE_INDEX, INDEX) and path.is_file():
                 shutil.copyfile(path, part / path.name)
         open_pretrained(part, config)
         part.rename(out)

@@ -19,6 +19,7 @@ from longtrain.errors import CheckpointError
 from longtrain.models.config import ModelConfig
 from longtrain.models.config_json import read_config
 from longtrain.models.decoder import Decoder
+from longtrain.models.deepspeed_folder import is_deepspeed
 from longtrain.models.families import POSITION_OFFSET, hugging_face_names, parameter_shapes
 from longtrain.models.initialise import initial_value
 
@@ -141,6 +142,11 @@ def _files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder}: holds {pickled[0]}, a pickle, which can hold code and is not opened here; write its tensors as safetensors "
             "with scripts/convert_checkpoint.py FOLDER --out NEW_FOLDER"
+        )
+    if is_deepspeed(folder):
+        raise CheckpointError(
+            f"{folder}: holds a checkpoint of DeepSpeed's; write its weights as safetensors with "
+            f"scripts/convert_checkpoint.py {folder} --out NEW_FOLDER"
         )
     raise CheckpointError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}; name a Hugging Face folder with its weights")
 

@@ -1,13 +1,14 @@
 """Checkpoints as sets of parameter ranges: every rank writes what it owns, any number of ranks at any ZeRO stage reads it.
 
     step-00000123/
-        rank-00000.safetensors ...   fp32 tensors [n] named master/<parameter>@<start>, exp_avg/..., exp_avg_sq/...
+        rank-00000.safetensors ...   fp32 tensors [n] named master/<parameter>@<start>, exp_avg/..., exp_avg_sq/...; what is more
+                                     than PART elements of a rank goes to rank-00000-00000.safetensors, rank-00000-00001...
         state.json                   TrainState
         manifest.json                Manifest: what there is, with sizes and SHA-256; written last
 
 A checkpoint appears under its name only when it is whole and on disk: it is written to step-N.tmp, synced, and renamed. Nothing
-is pickled. Training stands still while the ranges are copied to host memory; a thread of every rank writes them from there, and
-that of the main rank publishes the checkpoint when all have posted that theirs are on disk.
+is pickled. Training stands still while the ranges are copied to host memory; threads of every rank hash and write them from
+there, and one of the main rank publishes the checkpoint when all ranks have posted that theirs are on disk.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from longtrain.files import sync_path
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine
 from longtrain.parallel.mailbox import Mailbox
+from longtrain.plan.host import SHARE, available_memory, fits
 from longtrain.train.checkpoint_folder import KINDS, Pieces, check_files, complete, delete, publish, resolve
 from longtrain.train.checkpoint_format import (
     MANIFEST,
@@ -44,12 +47,15 @@ from longtrain.train.checkpoint_format import (
     write_json,
     write_manifest,
 )
-from longtrain.train.snapshot import SHARE, HostMemory, available_memory, header_of, write_tensors
+from longtrain.train.snapshot import PART, HostMemory, Part, header_of, parts_of, write_tensors
+from longtrain.train.threads import THREADS, cores, in_threads
 
 PATIENCE = 30.0
 """Seconds that a run which is on its way out waits for what other ranks were writing."""
 OVERHEAD = 64 << 20
 """Bytes on disk beside the tensors: headers, manifest, what file systems round up."""
+
+Copied = Callable[[Part], AbstractContextManager[Tensor]]
 
 
 @dataclass
@@ -80,8 +86,10 @@ class Saved:
 class Saver:
     """Writes the checkpoints of a run behind its training, one at a time."""
 
-    def __init__(self, ctx: ParallelContext, memory: HostMemory | None = None) -> None:
-        self._ctx, self._memory = ctx, memory or HostMemory(ctx.device)
+    def __init__(self, ctx: ParallelContext, part: int = PART) -> None:
+        """part: fp32 elements of a file at most."""
+        self._ctx, self._part = ctx, part
+        self._memory = HostMemory(ctx.device)
         self._mailbox = Mailbox(ctx)
         self._save: _Save | None = None
         self._closing: float | None = None
@@ -107,10 +115,11 @@ class Saver:
         if keep < 1:
             raise CheckpointError(f"checkpoint.keep is {keep}: keep at least 1")
         engine.create_moments()
-        ranges = [(f"{kind}/{piece.name}@{piece.start}", piece.tensors[kind]) for piece in engine.owned_ranges() for kind in KINDS]
+        ranges = ((f"{kind}/{piece.name}", piece.start, piece.tensors[kind]) for piece in engine.owned_ranges() for kind in KINDS)
+        parts = parts_of(self._ctx.rank, ranges, self._part)
         final = folder / f"step-{state.step:08d}"
         save = _Save(folder, final, final.with_name(final.name + ".tmp"), f"{final.name}/{time.time_ns()}", keep, state, None)
-        missing = self._memory.missing(sum(tensor.numel() for _, tensor in ranges))
+        missing = self._memory.missing(parts)
 
         def prepare() -> dict[str, Any]:
             if self._ctx.is_main:
@@ -121,19 +130,22 @@ class Saver:
 
         answers = together(self._ctx, prepare)
         save.key = answers[0]["key"]
-        too_much = _too_much(answers, socket.gethostname())
-        header, tensors = header_of(ranges), [tensor for _, tensor in ranges]
+        here = [answer for answer in answers if answer["host"] == socket.gethostname()]
+        threads = max(1, min(THREADS, cores() // len(here)))
         self._save = save
-        if too_much is not None:
-            self._write(save, header, self._memory.stream(tensors))
-            return too_much
-        try:
-            pieces = self._memory.take(tensors)
-        except (MemoryError, RuntimeError) as error:  # what is available cannot always be had
-            self._write(save, header, self._memory.stream(tensors))
-            return f"no memory for a copy: {error}"
+        reason, held = _too_much(here), {}
+        if reason is None:
+            try:
+                held = dict(zip(parts, self._memory.take(parts), strict=True))
+            except (MemoryError, RuntimeError) as error:  # what is available cannot always be had
+                reason = f"no memory for a copy: {error}"
+        if reason is not None:
+            self._write(save, parts, self._memory.lend, _affordable(threads, here, self._part))
+            return reason
         # not a daemon: the interpreter waits for it before it ends
-        save.thread = threading.Thread(target=self._write, args=(save, header, pieces), name="checkpoint")
+        save.thread = threading.Thread(
+            target=self._write, args=(save, parts, lambda part: nullcontext(held[part]), threads), name="checkpoint"
+        )
         save.thread.start()
         return None
 
@@ -157,11 +169,15 @@ class Saver:
         if self._save is not None:
             self._save.done.wait()
 
-    def _write(self, save: _Save, header: bytes, pieces: Iterable[Tensor]) -> None:
-        """This rank's part, and on the main rank the rest; never raises."""
-        name = f"rank-{self._ctx.rank:05d}.safetensors"
+    def _write(self, save: _Save, parts: list[Part], copied: Copied, threads: int) -> None:
+        """This rank's part, and on the main rank the rest; never raises. copied: gives the elements of a file."""
+
+        def write(part: Part) -> tuple[str, dict[str, Any]]:
+            with copied(part) as elements:
+                return part.file, write_tensors(save.temporary / part.file, header_of(part.tensors), [elements]).model_dump()
+
         try:
-            post: Any = {"name": name, "entry": write_tensors(save.temporary / name, header, pieces).model_dump()}
+            post: Any = {"files": dict(in_threads(write, parts, threads))}
         except Exception as error:
             post = {"error": _in_words(error)}
         try:
@@ -180,7 +196,7 @@ class Saver:
             if "error" in post:
                 raise CheckpointError(post["error"] if self._ctx.world == 1 else f"rank {rank}: {post['error']}")
         assert save.manifest is not None
-        files = {post["name"]: FileEntry.model_validate(post["entry"]) for post in posts}
+        files = {name: FileEntry.model_validate(entry) for post in posts for name, entry in post["files"].items()}
         files[STATE] = write_json(save.temporary / STATE, save.state)
         write_manifest(save.temporary / MANIFEST, save.manifest.model_copy(update={"files": files}))
         publish(save.temporary, save.final)
@@ -225,9 +241,8 @@ def load(path: Path, engine: Engine, *, verified: bool = False) -> TrainState:
         state = read_state(step)
         pieces = Pieces(step, manifest)
         engine.create_moments()
-        for piece in engine.held_ranges():
-            for kind, view in piece.tensors.items():
-                pieces.read(kind, piece.name, piece.start, view)
+        ranges = [(kind, piece.name, piece.start, view) for piece in engine.held_ranges() for kind, view in piece.tensors.items()]
+        in_threads(lambda wanted: pieces.read(*wanted), ranges)
         loaded.append((manifest, state))
 
     together(ctx, read)
@@ -288,16 +303,26 @@ def _make_room(save: _Save, elements: int) -> None:
         )
 
 
-def _too_much(answers: list[dict[str, Any]], host: str) -> str | None:
-    """Why the ranks of this host cannot all copy their part to its memory, None where they can."""
-    here = [answer for answer in answers if answer["host"] == host]
-    needed = sum(answer["missing"] for answer in here)
-    available = min((answer["available"] for answer in here if answer["available"] is not None), default=None)
-    if needed == 0 or available is None or needed <= SHARE * available:
+def _too_much(here: list[dict[str, Any]]) -> str | None:
+    """Why the ranks of this host, by what they answered, cannot all copy their part to its memory; None where they can."""
+    needed, available = sum(answer["missing"] for answer in here), _available(here)
+    if fits(needed, available):
         return None
+    assert available is not None
     return (
-        f"a copy for the background needs {needed / 2**30:.2f} GiB of memory on {host}, where {available / 2**30:.2f} GiB are left"
+        f"a copy for the background needs {needed / 2**30:.2f} GiB of memory on {here[0]['host']}, where "
+        f"{available / 2**30:.2f} GiB are left"
     )
+
+
+def _affordable(threads: int, here: list[dict[str, Any]], part: int) -> int:
+    """Of so many threads a rank, those for which there is memory to hold one file each."""
+    available = _available(here)
+    return threads if available is None else max(1, min(threads, int(SHARE * available) // (4 * part * len(here))))
+
+
+def _available(here: list[dict[str, Any]]) -> int | None:
+    return min((answer["available"] for answer in here if answer["available"] is not None), default=None)
 
 
 def _describe(engine: Engine, state: TrainState) -> Manifest:

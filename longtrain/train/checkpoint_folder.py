@@ -10,7 +10,6 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from torch import Tensor
 from longtrain.errors import CheckpointError
 from longtrain.files import sha256_of, sync_path
 from longtrain.train.checkpoint_format import DAMAGED, MANIFEST, STATE, Manifest, read_manifest, read_state
+from longtrain.train.threads import in_threads
 
 STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 KINDS = ("master", "exp_avg", "exp_avg_sq")
-HASHING = 4
-"""Files hashed at a time: a disk rarely feeds more."""
 
 
 def complete(folder: Path) -> list[Path]:
@@ -66,33 +64,34 @@ def check_files(step: Path, manifest: Manifest, names: Iterable[str], *, content
 
     content: whether to read every byte; else only sizes are compared.
     """
-    for name in names:
+    if found := _wrong_files(step, manifest, names, content):
+        raise CheckpointError(found[0])
+
+
+def _wrong_files(step: Path, manifest: Manifest, names: Iterable[str], content: bool) -> list[str]:
+    """What is wrong with these files, in words, one line for every damaged one."""
+
+    def wrong(name: str) -> str | None:
         path, entry = step / name, manifest.files[name]
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing; {DAMAGED}")
+            return f"{path}: missing; {DAMAGED}"
         if path.stat().st_size != entry.size:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes instead of {entry.size}; {DAMAGED}")
+            return f"{path}: {path.stat().st_size} bytes instead of {entry.size}; {DAMAGED}"
         try:
             if content and sha256_of(path) != entry.sha256:
-                raise CheckpointError(f"{path}: SHA-256 differs from the manifest; {DAMAGED}")
+                return f"{path}: SHA-256 differs from the manifest; {DAMAGED}"
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}; {DAMAGED}") from error
+            return f"{path}: cannot be read: {error.strerror}; {DAMAGED}"
+        return None
+
+    return [text for text in in_threads(wrong, names) if text is not None]
 
 
 def damage(step: Path, *, content: bool = True) -> list[str]:
     """What is wrong with a step folder, in words, one line for every damaged file; nothing where it is sound."""
-
-    def wrong(name: str) -> str | None:
-        try:
-            check_files(step, manifest, [name], content=content)
-        except CheckpointError as error:
-            return str(error)
-        return None
-
     try:
         manifest = read_manifest(step)
-        with ThreadPoolExecutor(HASHING) as pool:
-            found = [text for text in pool.map(wrong, sorted(manifest.files)) if text is not None]
+        found = _wrong_files(step, manifest, sorted(manifest.files), content)
         if not found:
             read_state(step)
             _check_coverage(Pieces(step, manifest), manifest)
@@ -170,7 +169,7 @@ class Pieces:
         return found
 
     def read(self, kind: str, parameter: str, start: int, out: Tensor) -> None:
-        """Fill `out` [n] with elements [start, start + n) of a parameter."""
+        """Fill `out` [n] with elements [start, start + n) of a parameter. Files are mapped: nothing else of them is read."""
         end = start + out.numel()
         for piece_start, piece_end, file, key in self.find(kind, parameter, start, end):
             low, high = max(start, piece_start), min(end, piece_end)

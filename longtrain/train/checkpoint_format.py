@@ -30,8 +30,10 @@ class TrainState(_Strict):
     """Where training stands, beside weights and moments.
 
     step: optimizer steps done. tokens: trained on so far. cursor: sequences consumed. skipped, skipped_in_row: steps without an
-    update, in all and at the end. recipe: its text. data, tokenizer: digests of what was trained on, and of what made its ids.
-    tracker: the id under which the experiment tracker continues the run. scaler and versions are filled in by the save.
+    update, in all and at the end. spikes, roll_backs: so far. sound: the newest step from whose weights an update was made, None in
+    older checkpoints. loss_count, loss_mean, loss_variance: of recent losses. recipe: its text. data, tokenizer: digests of what
+    was trained on, and of what made its ids. tracker: the id under which the experiment tracker continues the run. scaler and
+    versions are filled in by the save.
     """
 
     step: int = Field(ge=0)
@@ -39,6 +41,12 @@ class TrainState(_Strict):
     cursor: int = Field(ge=0)
     skipped: int = Field(default=0, ge=0)
     skipped_in_row: int = Field(default=0, ge=0)
+    spikes: int = Field(default=0, ge=0)
+    roll_backs: int = Field(default=0, ge=0)
+    sound: int | None = Field(default=None, ge=0)
+    loss_count: int = Field(default=0, ge=0)
+    loss_mean: float = 0.0
+    loss_variance: float = Field(default=0.0, ge=0)
     recipe: str
     data: str = ""
     tokenizer: str = ""
@@ -95,7 +103,7 @@ def read_manifest(step: Path) -> Manifest:
     manifest = parse(path, Manifest)
     if _signed(path.read_bytes(), UNSIGNED)[0] != manifest.sha256:
         raise CheckpointError(f"{path}: does not match its own SHA-256; {DAMAGED}")
-    foreign = [name for name in manifest.files if name != STATE and not re.fullmatch(r"rank-\d{5}\.safetensors", name)]
+    foreign = [name for name in manifest.files if name != STATE and not re.fullmatch(r"rank-\d{5}(-\d{5})?\.safetensors", name)]
     if foreign or STATE not in manifest.files:
         raise CheckpointError(f"{path}: field files is not that of a checkpoint: {', '.join(foreign) or 'no ' + STATE}")
     return manifest

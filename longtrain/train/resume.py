@@ -16,14 +16,14 @@ from longtrain.recipe.schema import Recipe
 from longtrain.train import checkpoint
 from longtrain.train.checkpoint_folder import check_files, complete, find_latest, resolve
 from longtrain.train.checkpoint_format import STATE, TrainState, read_manifest, read_state
-from longtrain.train.state import Progress
+from longtrain.train.state import Progress, RecentLosses
 
 CHECKPOINTS = "checkpoints"
 
 # Fields that a resumed run may change: how the work is done and reported, not what is learnt. A longer run is allowed too, though
 # it moves the learning rate. What is learnt from is compared by its fingerprint, a preset by the shape that it gives, and where the
 # first weights came from no longer matters.
-FREE_SECTIONS = {"data", "attention", "parallel", "zero", "checkpoint", "evaluation", "tracking"}
+FREE_SECTIONS = {"data", "attention", "parallel", "zero", "checkpoint", "guards", "evaluation", "tracking"}
 FREE_FIELDS = {
     "name",
     "output",
@@ -163,7 +163,17 @@ def find_checkpoint(run: Path) -> Path:
 def restore(engine: Engine, start: Path, *, verified: bool = False) -> Progress:
     """Loads a checkpoint into the engine. A collective of all ranks. verified: `confirm` has just read it."""
     state = checkpoint.load(start, engine, verified=verified)
-    return Progress(state.step, state.tokens, state.cursor, state.skipped, state.skipped_in_row)
+    return Progress(
+        step=state.step,
+        tokens=state.tokens,
+        sequences=state.cursor,
+        skipped=state.skipped,
+        skipped_in_row=state.skipped_in_row,
+        spikes=state.spikes,
+        roll_backs=state.roll_backs,
+        sound=max(0, state.step - state.skipped_in_row - 1) if state.sound is None else state.sound,
+        losses=RecentLosses(state.loss_count, state.loss_mean, state.loss_variance),
+    )
 
 
 def state_of(recipe: Recipe, split: Split, progress: Progress, tracker: str | None) -> TrainState:
@@ -174,6 +184,12 @@ def state_of(recipe: Recipe, split: Split, progress: Progress, tracker: str | No
         cursor=progress.sequences,
         skipped=progress.skipped,
         skipped_in_row=progress.skipped_in_row,
+        spikes=progress.spikes,
+        roll_backs=progress.roll_backs,
+        sound=progress.sound,
+        loss_count=progress.losses.count,
+        loss_mean=progress.losses.mean,
+        loss_variance=progress.losses.variance,
         recipe=dump_recipe(recipe),
         data=split.fingerprint,
         tokenizer=split.tokenizer.fingerprint,

@@ -1,4 +1,4 @@
-"""Tensors as bytes of a file: copied to host memory, all at once or in bounded pieces, and written from there."""
+"""Tensors as bytes of files of bounded size: dealt to them, copied to host memory, and written from there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,66 +17,95 @@ from torch import Tensor
 from longtrain.files import sync_file
 from longtrain.train.checkpoint_format import FileEntry
 
-PIECE = 1 << 26
-"""Elements of one host buffer: 256 MiB, a power of two because pinned memory is handed out in those."""
-SHARE = 0.8
-"""Of the host memory that is available, what a snapshot may take."""
+PART = 1 << 26
+"""fp32 elements of one file, and of the host buffer that it is written from: 256 MiB, so that the files of a large rank keep many
+threads busy; a power of two, because pinned memory is handed out in those."""
 
 Named = Sequence[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One file of a rank: what it is called, and the flat tensors in it by name, in order."""
+
+    file: str
+    tensors: Named
+
+    @property
+    def elements(self) -> int:
+        return sum(tensor.numel() for _, tensor in self.tensors)
+
+
+def parts_of(rank: int, ranges: Iterable[tuple[str, int, Tensor]], elements: int = PART) -> list[Part]:
+    """The files of a rank, of at most `elements` each, and at least one. A range that is too long goes on in the next file.
+
+    ranges: KIND/PARAMETER, where in the parameter the range begins, and its elements [n].
+    """
+    files: list[list[tuple[str, Tensor]]] = [[]]
+    room = elements
+    for key, start, tensor in ranges:
+        done = 0
+        while done < tensor.numel():
+            if room == 0:
+                files.append([])
+                room = elements
+            count = min(room, tensor.numel() - done)
+            files[-1].append((f"{key}@{start + done}", tensor[done : done + count]))
+            done, room = done + count, room - count
+    numbers = [""] if len(files) == 1 else [f"-{number:05d}" for number in range(len(files))]
+    return [Part(f"rank-{rank:05d}{number}.safetensors", tensors) for number, tensors in zip(numbers, files, strict=True)]
 
 
 class HostMemory:
     """Host buffers for what this rank writes, kept from save to save: pinning is slow. Pinned where `device` is a GPU."""
 
-    def __init__(self, device: torch.device, piece: int = PIECE) -> None:
-        self._device, self._piece = device, piece
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._buffers: list[Tensor] = []
 
-    def missing(self, elements: int) -> int:
-        """Bytes that `take` would still have to allocate for so many fp32 elements."""
-        return max(0, 4 * (elements - sum(buffer.numel() for buffer in self._buffers)))
+    def missing(self, parts: Sequence[Part]) -> int:
+        """Bytes that `take` would still have to allocate."""
+        there = itertools.chain((buffer.numel() for buffer in self._buffers), itertools.repeat(0))
+        return 4 * sum(part.elements for part, size in zip(parts, there, strict=False) if size < part.elements)
 
-    def take(self, tensors: Iterable[Tensor]) -> list[Tensor]:
-        """A copy of `tensors`, one after another as flat fp32, in pieces [n]; valid until the next call."""
-        tensors = list(tensors)
-        while missing := self.missing(sum(tensor.numel() for tensor in tensors)):
-            self._buffers.append(self._allocate(missing // 4))
-        pieces = list(_fill(tensors, iter(self._buffers)))
+    def take(self, parts: Sequence[Part]) -> list[Tensor]:
+        """A copy of every part, as flat fp32 [n]; valid until this memory is used again."""
+        self._buffers += [torch.empty(0)] * (len(parts) - len(self._buffers))
+        copies = []
+        for number, part in enumerate(parts):
+            self._buffers[number] = self._fitting(self._buffers[number], part)
+            copies.append(_fill(self._buffers[number], part))
         self._wait()
-        return pieces
+        return copies
 
-    def stream(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-        """The same through one buffer, which is filled again when the next piece is asked for."""
-        buffer = self._buffers[0] if self._buffers else self._allocate(self._piece)
-        for piece in _fill(tensors, itertools.repeat(buffer)):
+    @contextmanager
+    def lend(self, part: Part) -> Iterator[Tensor]:
+        """The same of one part, in a buffer that serves others afterwards. As many are allocated as threads borrow at a time."""
+        buffer = self._fitting(self._buffers.pop() if self._buffers else torch.empty(0), part)
+        try:
+            copy = _fill(buffer, part)
             self._wait()
-            yield piece
+            yield copy
+        finally:
+            self._buffers.append(buffer)
 
-    def _allocate(self, elements: int) -> Tensor:
-        pinned = self._device.type == "cuda"
-        return torch.empty(min(self._piece, elements), dtype=torch.float32, pin_memory=pinned)
+    def _fitting(self, buffer: Tensor, part: Part) -> Tensor:
+        if buffer.numel() >= part.elements:
+            return buffer
+        return torch.empty(part.elements, dtype=torch.float32, pin_memory=self._device.type == "cuda")
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
 
-def _fill(tensors: Iterable[Tensor], buffers: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Copies `tensors` into `buffers`; yields every buffer that is full, and what is filled of the last."""
-    buffer, filled = None, 0
-    for tensor in tensors:
-        flat, done = tensor.detach().reshape(-1), 0
-        while done < flat.numel():
-            if buffer is None:
-                buffer, filled = next(buffers), 0
-            count = min(buffer.numel() - filled, flat.numel() - done)
-            buffer[filled : filled + count].copy_(flat[done : done + count], non_blocking=True)
-            filled, done = filled + count, done + count
-            if filled == buffer.numel():
-                yield buffer
-                buffer = None
-    if buffer is not None:
-        yield buffer[:filled]
+def _fill(buffer: Tensor, part: Part) -> Tensor:
+    """Copies a part into `buffer`; what is filled of it."""
+    filled = 0
+    for _, tensor in part.tensors:
+        buffer[filled : filled + tensor.numel()].copy_(tensor.detach(), non_blocking=True)
+        filled += tensor.numel()
+    return buffer[:filled]
 
 
 def header_of(tensors: Named) -> bytes:
@@ -98,21 +129,3 @@ def write_tensors(path: Path, header: bytes, pieces: Iterable[Tensor]) -> FileEn
             file.write(data)
         sync_file(file)
         return FileEntry(size=file.tell(), sha256=digest.hexdigest())
-
-
-def available_memory(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes of host memory that can still be had, by the machine and by the limit of a container; None where neither says."""
-    found = []
-    try:
-        lines = dict(line.split(":", 1) for line in proc.read_text().splitlines())
-        found.append(1024 * int(lines["MemAvailable"].split()[0]))
-    except (OSError, ValueError, KeyError):
-        pass
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # the page cache of a container counts as used, but gives way
-        found.append(max(0, limit - int(used["anon"])))
-    except (OSError, ValueError, KeyError):
-        pass
-    return min(found, default=None)

@@ -141,3 +141,19 @@ def test_another_recipe_can_be_forced() -> None:
     said = train("--set", "model.intermediate_size=32", "--force-resume", "--set", "training.steps=9")
     assert said.code == 2
     assert "it is a checkpoint of another model" in said.text
+
+
+def test_import_refuses_what_deepspeed_did_not_write() -> None:
+    said = command("checkpoint", "import", str(CHECKPOINT), "--out", "imported")
+    assert said.code == 2
+    assert "has no file *_optim_states.pt of ZeRO; name a folder that DeepSpeed's save_checkpoint wrote" in said.text
+    assert not Path("imported").exists()
+
+
+def test_the_plan_is_for_the_memory_that_is_named() -> None:
+    plan = ("train", "--recipe", "llama-7b-32k", "--set", "device=cuda", "--ranks", "2", "--dry-run", "--host-memory")
+    assert "written behind the training after a copy of 75.3 GiB" in command(*plan, "128").text
+    assert "training stands still while it is written" in command(*plan, "64").text
+    said = command("train", "--recipe", "llama-7b-32k", "--host-memory", "64")
+    assert said.code == 2
+    assert "--host-memory goes with --dry-run" in said.text

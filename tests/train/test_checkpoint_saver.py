@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+import resource
 import threading
 import time
 from pathlib import Path
@@ -12,14 +16,17 @@ import torch
 
 from longtrain.errors import CheckpointError
 from longtrain.parallel.context import ParallelContext
+from longtrain.parallel.deepspeed import MOMENTS
 from longtrain.parallel.mailbox import Mailbox
-from longtrain.train import checkpoint, snapshot
-from longtrain.train.checkpoint import Saver
-from longtrain.train.checkpoint_folder import find_latest, read_master, verify
-from longtrain.train.snapshot import HostMemory, available_memory
+from longtrain.train import checkpoint, threads
+from longtrain.train.checkpoint import Saver, load
+from longtrain.train.checkpoint_folder import Pieces, damage, find_latest, read_master, remove_leftovers, verify
+from longtrain.train.checkpoint_format import Manifest, ParameterEntry
+from longtrain.train.snapshot import PART, HostMemory, header_of, parts_of, write_tensors
 from tests.distributed import run_ranks
 from tests.one_rank import OneRank, make_state
-from tests.toy import make_engine
+from tests.toy import make_engine, owned
+from tests.train.test_checkpoint_faults import Disk
 
 
 class Gate:
@@ -87,52 +94,148 @@ def test_leaving_waits_for_the_disk(tmp_path: Path, engine: Any, monkeypatch: py
     verify(tmp_path / "step-00000001")
 
 
+@pytest.mark.parametrize("part", [5, 1 << 26])
 def test_without_memory_for_a_copy_the_same_is_written_at_once(
-    tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    Saver(engine.ctx).begin(tmp_path / "copied", engine, make_state(1), keep=1)
+    Saver(engine.ctx, part).begin(tmp_path / "copied", engine, make_state(1), keep=1)
     monkeypatch.setattr(checkpoint, "available_memory", lambda: 100)
-    small = Saver(engine.ctx, HostMemory(engine.ctx.device, piece=5))
+    small = Saver(engine.ctx, part)
     reason = small.begin(tmp_path / "streamed", engine, make_state(1), keep=1)
     assert reason is not None
     assert "a copy for the background needs 0.00 GiB of memory on" in reason
     assert small.finished, "written before training goes on"
     saved = small.settle()
     assert saved is not None
-    verify(saved.path)
-    name = "rank-00000.safetensors"
-    assert (tmp_path / "copied/step-00000001" / name).read_bytes() == (saved.path / name).read_bytes()
+    assert verify(saved.path).files == verify(tmp_path / "copied/step-00000001").files
 
 
-@pytest.mark.parametrize("piece", [1, 4, 7, 1 << 26])
-def test_pieces_hold_the_tensors_in_order(piece: int) -> None:
-    tensors = [torch.arange(n, dtype=torch.float32).view(shape) + n for n, shape in ((5, (5,)), (6, (2, 3)), (0, (0,)), (8, (8,)))]
-    wanted = torch.cat([tensor.flatten() for tensor in tensors])
-    memory = HostMemory(torch.device("cpu"), piece)
-    assert torch.equal(torch.cat([part.clone() for part in memory.stream(tensors)]), wanted)
-    assert memory.missing(19) == 4 * 19
-    assert torch.equal(torch.cat(memory.take(tensors)), wanted)
-    assert memory.missing(19) == 0
-    assert torch.equal(torch.cat(memory.take(tensors[2:])), tensors[3]), "buffers are used again"
+@pytest.mark.parametrize("part", [1, 4, 5, 7, 24, 36])
+def test_a_large_rank_is_several_files(tmp_path: Path, engine: Any, part: int) -> None:
+    saver = Saver(engine.ctx, part)
+    for step in (1, 2):
+        saver.begin(tmp_path, engine, make_state(step), keep=2)
+        saver.settle()
+        manifest = verify(tmp_path / f"step-{step:08d}")
+        names = sorted(manifest.files)[:-1]
+        count = -(-36 // part)
+        assert names == ([f"rank-00000-{n:05d}.safetensors" for n in range(count)] if count > 1 else ["rank-00000.safetensors"])
+        for values in engine.values.values():
+            values["master"] += 1
+    other: Any = OneRank()
+    load(tmp_path / "step-00000001", other)
+    for name, tensors in engine.values.items():
+        assert torch.allclose(other.values[name]["master"] + 2, tensors["master"])
+        assert all(torch.equal(other.values[name][kind], tensors[kind]) for kind in MOMENTS)
+    damaged = tmp_path / "step-00000002" / names[count // 2]
+    data = bytearray(damaged.read_bytes())
+    data[-2] ^= 8
+    damaged.write_bytes(data)
+    assert [text.split(": ")[0] for text in damage(damaged.parent)] == [str(damaged)]
 
 
-def test_available_memory_is_the_machines_or_the_containers(tmp_path: Path) -> None:
-    assert available_memory(tmp_path / "none", tmp_path) is None
-    (tmp_path / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:   50 kB\n")
-    assert available_memory(tmp_path / "meminfo", tmp_path) == 50 * 1024
-    (tmp_path / "memory.max").write_text("30000\n")
-    (tmp_path / "memory.stat").write_text("anon 10000\nfile 9000\n")
-    assert available_memory(tmp_path / "meminfo", tmp_path) == 20000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert available_memory(tmp_path / "meminfo", tmp_path) == 50 * 1024
+def test_files_are_written_in_threads_and_the_first_error_ends_it(
+    tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meet, write = threading.Barrier(2, timeout=20), checkpoint.write_tensors
+
+    def together(path: Path, *arguments: Any) -> Any:
+        meet.wait()
+        if failing and path.name.endswith("-00001.safetensors"):
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", together)
+    for module in (checkpoint, threads):
+        monkeypatch.setattr(module, "cores", lambda: 2)
+    failing, saver = False, Saver(engine.ctx, 18)
+    saver.begin(tmp_path, engine, make_state(1), keep=1)
+    assert saver.settle()
+    failing = True
+    saver.begin(tmp_path, engine, make_state(2), keep=1)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        saver.settle()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_an_error_at_any_call_while_threads_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save_in_parts(folder: Path, step: int) -> None:
+        engine: Any = OneRank()
+        saver = Saver(engine.ctx, 9)
+        saver.begin(folder, engine, make_state(step), keep=1)
+        saver.settle()
+
+    for module in (checkpoint, threads):
+        monkeypatch.setattr(module, "cores", lambda: 3)
+    save_in_parts(tmp_path / "count", 1)
+    with monkeypatch.context() as patch:
+        disk = Disk(patch, None, lambda: None)
+        save_in_parts(tmp_path / "count", 2)
+    assert disk.calls > 4 * 4
+    for at in range(disk.calls):
+        folder = tmp_path / str(at)
+        save_in_parts(folder, 1)
+        with monkeypatch.context() as patch, contextlib.suppress(CheckpointError):
+            Disk(patch, at, _io_error)
+            save_in_parts(folder, 2)
+        latest = find_latest(folder)
+        assert latest is not None
+        assert damage(latest) == []
+        remove_leftovers(folder)
+        save_in_parts(folder, 3)
+        verify(folder / "step-00000003")
+        assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+
+
+def _io_error() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_ranges_are_dealt_to_files_in_order() -> None:
+    ranges = [("master/a", 3, torch.arange(5.0)), ("master/b", 0, torch.arange(0.0)), ("exp_avg/a", 3, torch.arange(4.0))]
+    parts = parts_of(2, ranges, 3)
+    names = [[name for name, _ in part.tensors] for part in parts]
+    assert names == [["master/a@3"], ["master/a@6", "exp_avg/a@3"], ["exp_avg/a@4"]]
+    assert [part.elements for part in parts] == [3, 3, 3]
+    assert [part.file for part in parts_of(2, [], 3)] == ["rank-00002.safetensors"]
+
+
+def test_host_memory_is_used_again() -> None:
+    values = torch.arange(19, dtype=torch.float32)
+    parts, memory = parts_of(0, [("master/a", 0, values)], 8), HostMemory(torch.device("cpu"))
+    assert memory.missing(parts) == 4 * 19
+    copies = memory.take(parts)
+    assert torch.equal(torch.cat(copies), values)
+    assert memory.missing(parts) == 0
+    assert [copy.data_ptr() for copy in memory.take(parts)] == [copy.data_ptr() for copy in copies]
+    memory = HostMemory(torch.device("cpu"))
+    for part in parts:
+        with memory.lend(part) as copy:
+            assert torch.equal(copy, part.tensors[0][1])
+    assert memory.missing(parts) == 4 * (8 + 3), "one buffer was enough"
+
+
+def test_a_load_reads_no_more_than_its_ranges(tmp_path: Path) -> None:
+    """Of a file that is mapped, pages that nobody touches stay out of memory."""
+    values, out = torch.zeros(1 << 24), torch.empty(1000)
+    entry = write_tensors(tmp_path / "rank-00000.safetensors", header_of([("master/a@0", values)]), [values])
+    described = ParameterEntry(shape=[1 << 24], numel=1 << 24, dtype="float32", adam_step=0)
+    files, parameters = {"rank-00000.safetensors": entry}, {"a": described}
+    manifest = Manifest(step=1, world=1, stage=1, recipe_sha256="", files=files, parameters=parameters)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    Pieces(tmp_path, manifest).read("master", "a", 1 << 23, out)
+    # 64 MiB are 16,384 pages, mapped by 16 at a time
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 500
+    assert torch.equal(out, values[:1000])
 
 
 def test_buffers_are_powers_of_two() -> None:
-    assert snapshot.PIECE & (snapshot.PIECE - 1) == 0
+    assert PART & (PART - 1) == 0
 
 
 def _two_ranks(ctx: ParallelContext, base: str) -> dict[str, Any]:
-    engine, folder, saver = make_engine(ctx, stage=1), Path(base), Saver(ctx)
+    # several files a rank
+    engine, folder, saver = make_engine(ctx, stage=1), Path(base), Saver(ctx, 100)
     seen: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         gate = Gate(patch)
@@ -156,6 +259,11 @@ def _two_ranks(ctx: ParallelContext, base: str) -> dict[str, Any]:
         saver.begin(folder, engine, make_state(3), keep=5)
         saver.settle()
     seen["found"] = [path.name for path in sorted(folder.iterdir())]
+    other = make_engine(ctx, stage=1)
+    for piece in other.held_ranges():
+        piece.tensors["master"].zero_()
+    load(folder / "step-00000003", other)
+    seen["loaded"] = owned(other) == owned(engine)
     engine.close()
     return seen
 
@@ -166,7 +274,9 @@ def test_two_ranks_publish_together_or_not_at_all(tmp_path: Path) -> None:
         assert seen["saved"] == "step-00000001"
         assert seen["error"] == "rank 1: OSError: [Errno 5] Input/output error"
         assert seen["found"] == ["step-00000001", "step-00000003"]
-    verify(tmp_path / "step-00000003")
+        assert seen["loaded"]
+    files = verify(tmp_path / "step-00000003").files
+    assert {"rank-00000-00000.safetensors", "rank-00001-00001.safetensors", "state.json"} <= files.keys()
 
 
 def _lonely(ctx: ParallelContext) -> str:

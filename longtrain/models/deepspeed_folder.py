@@ -1,0 +1,250 @@
+"""fp32 master weights of the checkpoint folders that DeepSpeed's save_checkpoint writes, at ZeRO stage 1, 2 or 3.
+
+    FOLDER/latest                                                       the name of the newest step's folder
+    FOLDER/global_step123/mp_rank_00_model_states.pt                    names and shapes; at stage 3 zero_pp_rank_0_mp_rank_00_...
+    FOLDER/global_step123/[bf16_]zero_pp_rank_N_mp_rank_00_optim_states.pt   what rank N has of the weights, as flat tensors
+
+The files are pickles. They are read by torch's weights-only reader, which builds tensors, containers and numbers; the four classes
+of DeepSpeed's own that they may hold are replaced by ones that do nothing. DeepSpeed is not needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtrain.errors import CheckpointError
+
+LATEST = "latest"
+
+_OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)(?:_\d+)?_model_states\.pt")
+_ELSEWHERE = re.compile(r"(?:layer_|expp_|bf16_expp_).*\.pt")
+"""Layers of a pipeline, and experts."""
+
+
+class _Inert:
+    """Stands for a class of DeepSpeed's whose content is not needed."""
+
+    def __new__(cls, *arguments: object) -> _Inert:
+        return object.__new__(cls)
+
+
+class _Stage(int):
+    """Stands for DeepSpeed's enumeration of ZeRO stages."""
+
+
+_STAND_INS = [
+    (_Stage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
+]
+
+
+@dataclass(frozen=True)
+class DeepSpeedWeights:
+    """The weights of one step, found and checked; the tensors are mapped, not read.
+
+    stage: of ZeRO. shapes: by the names that the model had, without `module.`; tied parameters once. groups: the flat tensors of
+    every rank. layout: where in them a parameter is, as (group, start).
+    """
+
+    step: Path
+    stage: int
+    shapes: Mapping[str, tuple[int, ...]]
+    groups: Sequence[Sequence[Tensor]]
+    layout: Mapping[str, tuple[int, int]]
+
+    @property
+    def world(self) -> int:
+        """Ranks that saved it."""
+        return len(self.groups)
+
+    def read(self, name: str) -> Tensor:
+        """One parameter, whole, fp32 on the host."""
+        shape, (group, start) = self.shapes[name], self.layout[name]
+        count = prod(shape)
+        if self.stage == 3:
+            part = -(-count // self.world)
+            pieces = [piece for rank in self.groups for piece in _cut(rank, start, part)]
+        else:
+            pieces = list(_cut([rank[group] for rank in self.groups], start, count))
+        return torch.cat([torch.empty(0), *pieces])[:count].view(shape)
+
+
+def is_deepspeed(folder: Path) -> bool:
+    """Whether this looks like a folder of DeepSpeed's, or the folder of one of its steps."""
+    return (folder / LATEST).is_file() or any(_OPTIMIZER.fullmatch(path.name) for path in folder.glob("*.pt"))
+
+
+def open_deepspeed(folder: Path) -> DeepSpeedWeights:
+    """The weights of the newest step of a folder of DeepSpeed's, or of the step at that path.
+
+    Raises:
+        CheckpointError: a file is missing, damaged or holds more than data; the folder is of tensor parallelism, of a pipeline, of
+            experts, of frozen parameters or of an unknown layout.
+    """
+    step = _step_of(folder)
+    files = _optimizer_files(step)
+    states = [_optimizer_state(file) for file in files]
+    # its bf16 optimizer with fp32 gradients, which there is at stage 1 only, does not name the stage
+    stage, world = states[0].get("zero_stage", 1), states[0].get("partition_count")
+    world = max(world, default=None) if isinstance(world, list) else world
+    if stage not in (1, 2, 3) or not isinstance(world, int):
+        raise CheckpointError(f"{files[0]}: is not of ZeRO stage 1, 2 or 3 as DeepSpeed 0.10 to 0.19 writes it")
+    if world != len(files):
+        there = f"{len(files)} files *_optim_states.pt are there"
+        raise CheckpointError(f"{step}: {there}, but {world} ranks saved it; copy the files of all ranks here")
+    key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+    groups = [_flat_tensors(file, state, key) for file, state in zip(files, states, strict=True)]
+    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+    shapes = _shapes(step / name)
+    paddings = states[0].get("param_alignment_paddings")
+    layout = _sharded(shapes, groups, step) if stage == 3 else _consecutive(shapes, paddings, groups, step)
+    bare = {_bare(name): shape for group in shapes for name, shape in group.items()}
+    return DeepSpeedWeights(step, int(stage), bare, groups, {_bare(name): place for name, place in layout.items()})
+
+
+def _step_of(folder: Path) -> Path:
+    latest = folder / LATEST
+    if not latest.is_file():
+        return folder
+    name = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if not name or Path(name).name != name:
+        raise CheckpointError(f"{latest}: {name!r} is not the name of a folder beside it")
+    if not (folder / name).is_dir():
+        raise CheckpointError(f"{latest}: names {name}, which is not there; name the folder of a step that is")
+    return folder / name
+
+
+def _optimizer_files(step: Path) -> list[Path]:
+    """The files of all ranks, in their order. Raises CheckpointError where one is missing, or ranks shared more than the data."""
+    ranks: dict[int, Path] = {}
+    for path in sorted(step.glob("*.pt")):
+        found, model = _OPTIMIZER.fullmatch(path.name), _MODEL.fullmatch(path.name)
+        if _ELSEWHERE.fullmatch(path.name):
+            raise CheckpointError(f"{path}: is of a pipeline or of experts, which are not implemented")
+        if (found and int(found[2])) or (model and int(model[1])):
+            raise CheckpointError(
+                f"{path}: is of tensor parallelism, whose weights are cut in ways that only its own program knows; "
+                "export them with that as a Hugging Face folder"
+            )
+        if found:
+            if int(found[1]) in ranks:
+                raise CheckpointError(f"{path}: {ranks[int(found[1])].name} is of the same rank; delete the one that is left over")
+            ranks[int(found[1])] = path
+    if not ranks:
+        raise CheckpointError(
+            f"{step}: has no file *_optim_states.pt of ZeRO; name a folder that DeepSpeed's save_checkpoint wrote"
+        )
+    absent = sorted(set(range(max(ranks) + 1)) - ranks.keys())
+    if absent:
+        raise CheckpointError(f"{step}: the optim_states file of rank {absent[0]} is missing; copy the files of all ranks here")
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def _load(file: Path) -> dict[Any, Any]:
+    """What a file holds. Raises CheckpointError where it is missing, damaged, or holds anything that would have to be executed."""
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: is missing; copy the files of all ranks here") from None
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, UnpicklingError) as error:
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = foreign[1] if foreign else (str(error) or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{file}: is damaged, or holds more than tensors, numbers and text, and that is never executed here: {reason}"
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: is not a file of DeepSpeed's: it holds {type(content).__name__}")
+    return content
+
+
+def _optimizer_state(file: Path) -> dict[Any, Any]:
+    state = _load(file).get("optimizer_state_dict")
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{file}: is not a file of DeepSpeed's: it has no optimizer_state_dict")
+    return state
+
+
+def _flat_tensors(file: Path, state: dict[Any, Any], key: str) -> list[Tensor]:
+    groups = state.get(key)
+    if not isinstance(groups, list) or not all(isinstance(t, Tensor) and t.dtype == torch.float32 and t.dim() == 1 for t in groups):
+        raise CheckpointError(f"{file}: has no list of flat fp32 tensors {key}")
+    return groups
+
+
+def _shapes(file: Path) -> list[dict[str, tuple[int, ...]]]:
+    """Name and shape of every trained parameter, group by group."""
+    content = _load(file)
+    if content.get("frozen_param_shapes"):
+        raise CheckpointError(
+            f"{file}: some parameters were frozen, and only trained ones are read; export it with what trained it"
+        )
+    wrong = CheckpointError(f"{file}: field param_shapes does not name parameters and their shapes")
+    try:
+        shapes = [{str(name): tuple(int(n) for n in shape) for name, shape in group.items()} for group in content["param_shapes"]]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise wrong from None
+    names = [_bare(name) for group in shapes for name in group]
+    if len(set(names)) < len(names) or any(n < 0 for group in shapes for shape in group.values() for n in shape):
+        raise wrong
+    return shapes
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what wrappers put before it."""
+    return re.sub(r"^(module\.)+", "", name)
+
+
+def _consecutive(
+    shapes: list[dict[str, tuple[int, ...]]], paddings: Any, groups: list[list[Tensor]], step: Path
+) -> dict[str, tuple[int, int]]:
+    """Stages 1 and 2: the parameters of a group one after another, cut into equal parts for the ranks. (group, start) by name."""
+    if any(len(rank) != len(shapes) for rank in groups):
+        raise CheckpointError(f"{step}: ranks hold another number of parameter groups than the {len(shapes)} of the model")
+    layout: dict[str, tuple[int, int]] = {}
+    align = 2 * len(groups)
+    for number, group in enumerate(shapes):
+        start, after = 0, [0] * len(group) if paddings is None else paddings[number]
+        for (name, shape), padding in zip(group.items(), after, strict=True):
+            layout[name] = number, start
+            start += prod(shape) + int(padding)
+        held = sum(rank[number].numel() for rank in groups)
+        if -(-start // align) != -(-held // align):
+            raise CheckpointError(f"{step}: parameter group {number} has {start:,} elements, and the ranks hold {held:,}")
+    return layout
+
+
+def _sharded(shapes: list[dict[str, tuple[int, ...]]], groups: list[list[Tensor]], step: Path) -> dict[str, tuple[int, int]]:
+    """Stage 3: of every parameter an equal part on each rank, the last one padded. (0, start on each rank) by name."""
+    layout: dict[str, tuple[int, int]] = {}
+    start = 0
+    for name, shape in itertools.chain.from_iterable(group.items() for group in shapes):
+        layout[name] = 0, start
+        start += -(-prod(shape) // len(groups))
+    for rank, tensors in enumerate(groups):
+        held = sum(tensor.numel() for tensor in tensors)
+        if held != start:
+            raise CheckpointError(f"{step}: rank {rank} holds {held:,} elements of parameters instead of {start:,}")
+    return layout
+
+
+def _cut(tensors: Sequence[Tensor], start: int, count: int) -> Iterator[Tensor]:
+    """Views of elements [start, start + count) of flat tensors, taken as one."""
+    for tensor in tensors:
+        low, high = max(start, 0), min(start + count, tensor.numel())
+        if low < high:
+            yield tensor[low:high]
+        start -= tensor.numel()
