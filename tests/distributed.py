@@ -9,8 +9,11 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,32 @@ from longtrain.parallel.launch import Launch, start, stop
 
 class RankError(AssertionError):
     """A rank raised, died or did not finish; the message holds its traceback."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks that run a function, each a process."""
+
+    processes: Sequence[BaseProcess]
+    pipes: Sequence[Connection]
+
+    def results(self, timeout: float) -> list[Any]:
+        """What each returned, in rank order. Raises RankError with the traceback of the first that failed."""
+        return _collect(self.pipes, timeout)
+
+    def running(self) -> bool:
+        """Whether all are; raises RankError with its traceback where one has failed."""
+        ended = wait(list(self.pipes), 0)
+        _collect([pipe for pipe in self.pipes if pipe in ended], 0)
+        return not ended
+
+    def kill(self, order: Sequence[int]) -> list[int | None]:
+        """kill -9 of all, in this order, at once; their exit codes."""
+        for rank in order:
+            self.processes[rank].kill()
+        for process in self.processes:
+            process.join()
+        return [process.exitcode for process in self.processes]
 
 
 def run_ranks(
@@ -38,23 +67,37 @@ def run_ranks(
     function and args must be picklable, so the function stands at the top of its module; results are best plain data. Ranks meet
     through a file, so no port is taken. Raises RankError with the traceback of the first rank that failed; no process survives.
     """
-    # Ranks are forked from a server that has imported torch and run nothing: seconds less for each than a fresh interpreter.
-    # Its compiler too: DeepSpeed's ZeRO imports it, though nothing is compiled.
+    with start_ranks(function, world, *args, dp=dp, cp=cp, timeout=timeout, device=device) as ranks:
+        return ranks.results(timeout)
+
+
+@contextmanager
+def start_ranks(
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    dp: int | None = None,
+    cp: int = 1,
+    timeout: float = 120.0,
+    device: str = "cpu",
+) -> Iterator[Ranks]:
+    """The ranks of `run_ranks` while they run; none outlives the block."""
+    # Ranks are forked from a server that has imported all they need and run nothing: seconds less for each than a new interpreter.
     # Not for CUDA, which the compiler initialises on a machine that has it, and which does not survive a fork.
     server = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
-    server.set_forkserver_preload(["torch", "torch._inductor.compile_fx"])
+    server.set_forkserver_preload(["tests.warm"])
     with tempfile.TemporaryDirectory() as folder:
         processes, pipes = [], []
-        for rank in range(world):
-            receiver, sender = server.Pipe(duplex=False)
-            place = (rank, world, dp or world // cp, cp, f"file://{Path(folder).resolve()}/store", timeout, device)
-            process = server.Process(target=_rank, args=(sender, place, function, args), daemon=True)
-            process.start()
-            sender.close()
-            processes.append(process)
-            pipes.append(receiver)
         try:
-            return _collect(pipes, timeout)
+            for rank in range(world):
+                receiver, sender = server.Pipe(duplex=False)
+                place = (rank, world, dp or world // cp, cp, f"file://{Path(folder).resolve()}/store", timeout, device)
+                process = server.Process(target=_rank, args=(sender, place, function, args), daemon=True)
+                process.start()
+                sender.close()
+                processes.append(process)
+                pipes.append(receiver)
+            yield Ranks(processes, pipes)
         finally:
             for process in processes:
                 process.kill()

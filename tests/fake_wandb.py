@@ -41,6 +41,7 @@ class FakeWandb(ModuleType):
     def init(self, *, mode: str, settings: Any, **arguments: Any) -> SimpleNamespace:
         assert settings.init_timeout <= 60
         assert settings.finish_timeout <= 60
+        assert settings.x_disable_meta, "it would take SLURM_JWT"
         if mode == "online":
             self.online()
         run = SimpleNamespace(

@@ -36,6 +36,8 @@ class Task:
     window: int | None = None
     clip: float | None = None
     starved: bool = False
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
 
     def recipe(self, *overrides: str) -> Recipe:
         own = {
@@ -43,6 +45,8 @@ class Task:
             "model.tied_embeddings": str(self.tied).lower(),
             "model.window": self.window or "null",
             "optimizer.grad_clip": self.clip or "null",
+            "model.dropout": self.dropout,
+            "model.attention_dropout": self.attention_dropout,
             # With the usual 1e-8 Adam makes a whole step out of a gradient that is nothing but rounding.
             "optimizer.eps": 1e-3,
         }
@@ -62,12 +66,16 @@ class Case:
     kernel: str
     task: Task
     precision: str = "fp32"
+    ulysses: int = 1
+    raw: str = "null"
 
     def plan(self, device: str = "cpu") -> Plan:
         overrides = {
             "parallel.cp": self.cp,
+            "parallel.ulysses": self.ulysses,
             "parallel.layout": self.layout,
             "zero.stage": self.stage,
+            "zero.deepspeed": self.raw,
             "training.micro_batch_size": ROWS // (self.dp * self.accumulation),
             "training.activations": self.activations,
             "training.precision": self.precision,
@@ -128,7 +136,7 @@ class Grids:
     def __init__(self, ctx: ParallelContext) -> None:
         self._ctx, self._made = ctx, dict[Grid, ParallelContext]()
 
-    def __call__(self, case: Case) -> ParallelContext:
+    def __call__(self, case: Case | Grid) -> ParallelContext:
         grid = Grid(case.dp, case.cp)
         if grid not in self._made:
             ctx = self._ctx

@@ -106,6 +106,8 @@ class WandbRun(Tracker):
             # the address of a repository may hold a password; the commit is in the config
             disable_git=True,
             disable_code=True,
+            # it would take every variable that begins with SLURM_, of which SLURM_JWT is a key; the config has the machine
+            x_disable_meta=True,
             init_timeout=INIT_TIMEOUT,
             finish_timeout=FINISH_TIMEOUT,
         )
@@ -122,7 +124,8 @@ class WandbRun(Tracker):
                 artifact.add_file(str(path), name=path.name)
             else:
                 self._run.summary[path.name] = f"{socket.gethostname()}:{path.resolve()}"
-                artifact.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
+                if path.exists():
+                    artifact.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
         plots = {f"plots/{path.stem}": self._wandb.Image(str(path)) for path in paths if path.suffix == ".png"}
         if plots:
             self._run.log(plots)

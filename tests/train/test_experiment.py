@@ -183,7 +183,8 @@ def test_a_resumed_run_goes_on_under_its_id(wandb: FakeWandb, monkeypatch: pytes
     assert config["recipe"]["training"]["steps"] == 3
     assert config["plan"]["world"] == 1
     assert config["environment"]["versions"]["torch"]
-    assert {"recipe.yaml", "plan.txt", "loss.png", "huggingface", "checkpoints"} <= last.artifacts[0].files.keys()
+    assert {"recipe.yaml", "plan.txt", "loss.png", "checkpoints"} <= last.artifacts[0].files.keys()
+    assert last.summary["huggingface"].endswith("run/huggingface"), "where it will be: it is written when the run has ended"
     written = [path.read_bytes() for path in Path("run").rglob("*") if path.is_file()]
     assert not any(SECRET.encode() in content for content in written)
     assert SECRET not in said.text + json.dumps(config)

@@ -6,6 +6,8 @@ import io
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from tests.tiny import tiny_recipe, write_corpus
 STEPS, HALF, BATCH = 10, 5, 4
 TIMES = {"tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "memory_gib", "save_seconds"}
 DROPS = ("moments", "adam_steps", "data")
+LONG = (pytest.mark.faults, pytest.mark.timeout(1200))
 
 
 def overrides(folder: Path, run: str, *more: str, data: Path | None = None) -> list[str]:
@@ -97,48 +100,89 @@ def reports(folder: Path, run: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a run trains. sequences: of its corpus; with 10 the fifth step ends an epoch, and the third spans two."""
+
+    stage: int
+    accumulation: int = 1
+    sequences: int = 10
+    more: tuple[str, ...] = ()
+
+    def overrides(self, folder: Path, run: str, dp: int, cp: int) -> list[str]:
+        own = [f"zero.stage={self.stage}", f"parallel.cp={cp}", f"training.micro_batch_size={BATCH // (dp * self.accumulation)}"]
+        return overrides(folder, f"{self}/{run}", *own, *self.more, data=folder / f"data-{self.sequences}")
+
+    def __str__(self) -> str:
+        return "-".join(str(part) for part in (self.stage, self.accumulation, self.sequences, *self.more))
+
+
+BF16, OFFLOAD = ("training.precision=bf16",), ("zero.offload=cpu",)
+EVERY = [Way(stage, a, sequences) for stage in range(4) for a in (1, 2) for sequences in (10, 7)]
+LOW = [Way(stage, 2, 10, more) for stage in (1, 2, 3) for more in (BF16, BF16 + OFFLOAD)]
+FULL = Way(0, 1, 7, ("training.activations=full",))
+SHORT = {(1, 1): [FULL], (2, 1): [Way(3, 2, 10)], (1, 2): [Way(1, 1, 10)]}
+
+
 @pytest.mark.parametrize(
-    ("world", "cp", "sequences", "more"),
+    ("dp", "cp", "ways"),
     [
-        # 10 sequences: the fifth step ends an epoch, the third one spans two
-        (2, 2, 10, ["zero.stage=1", "training.micro_batch_size=2"]),
-        (1, 1, 7, ["zero.stage=0", "training.activations=full"]),
+        *(pytest.param(*grid, ways, id="{}x{}".format(*grid)) for grid, ways in SHORT.items()),
+        *(pytest.param(*grid, EVERY + LOW, marks=LONG, id="{}x{} in every way".format(*grid)) for grid in SHORT),
     ],
-    ids=["2 ranks", "1 rank"],
 )
-def test_resuming_is_invisible(tmp_path: Path, world: int, cp: int, sequences: int, more: list[str]) -> None:
-    write_corpus(tmp_path / "data", sequences)
-    own = lambda run: overrides(tmp_path, run, f"parallel.cp={cp}", *more)  # noqa: E731
-    run_processes: Callable[[list[tuple[Any, ...]]], list[Any]] = lambda runs: run_ranks(_train_all, world, runs, cp=cp)  # noqa: E731
+def test_resuming_is_invisible(tmp_path: Path, dp: int, cp: int, ways: Sequence[Way]) -> None:
+    for sequences in {way.sequences for way in ways}:
+        write_corpus(tmp_path / f"data-{sequences}", sequences)
+    run_processes: Callable[[list[tuple[Any, ...]]], list[Any]] = lambda runs: run_ranks(  # noqa: E731
+        _train_all, dp * cp, runs, dp=dp, cp=cp, timeout=1000
+    )
+    owns = [partial(way.overrides, tmp_path, dp=dp, cp=cp) for way in ways]
+    halves = [tmp_path / f"{way}/halves/checkpoints/step-{HALF:08d}" for way in ways]
+    first: list[tuple[Any, ...]] = []
+    second: list[tuple[Any, ...]] = []
+    for own, half in zip(owns, halves, strict=True):
+        first += [(own("straight"), None, "never", None), (own("halves"), HALF, "auto", None)]
+        second += [(own(f"without-{what}"), None, str(half), what) for what in DROPS]
+        second += [(own("elsewhere"), None, str(half), None), (own("halves"), None, "auto", None)]
+    begun, ended = run_processes(first), run_processes(second)
+    for number, (way, half) in enumerate(zip(ways, halves, strict=True)):
+        ranks = [
+            [*one[2 * number : 2 * number + 2], *other[(len(DROPS) + 2) * number :]]
+            for one, other in zip(begun, ended, strict=True)
+        ]
+        _check_order(way, [rank[: len(DROPS) + 4] for rank in ranks], BATCH // dp)
+        _check_files(tmp_path, way, dp * cp)
+        elsewhere, resumed = ranks[0][len(DROPS) + 2 : len(DROPS) + 4]
+        assert f"resuming {half}" in resumed["said"]
+        assert f"resuming {half}" in elsewhere["said"]
 
-    first = run_processes([(own("straight"), None, "never", None), (own("halves"), HALF, "auto", None)])
-    straight, begun = first[0]
-    half = tmp_path / "halves" / "checkpoints" / f"step-{HALF:08d}"
-    controls = [(own(f"without-{what}"), None, str(half), what) for what in DROPS]
-    second = run_processes([*controls, (own("elsewhere"), None, str(half), None), (own("halves"), None, "auto", None)])
-    *_, elsewhere, resumed = second[0]
 
-    assert straight["progress"] == resumed["progress"] == Progress(STEPS, STEPS * BATCH * 48, STEPS * BATCH)
-    # the loader reads one step ahead
-    assert straight["order"][: STEPS * BATCH] == begun["order"][: HALF * BATCH] + resumed["order"][: (STEPS - HALF) * BATCH]
-    assert len(set(straight["order"])) == sequences
+def _check_order(way: Way, ranks: list[list[dict[str, Any]]], share: int) -> None:
+    """What was read, on every rank; share: sequences of a step that a rank reads. The loader reads one step ahead."""
+    seen = set()
+    for straight, begun, *controls, _, resumed in ranks:
+        whole = Progress(STEPS, STEPS * BATCH * 48, STEPS * BATCH, sound=STEPS - 1, losses=straight["progress"].losses)
+        assert straight["progress"] == resumed["progress"] == whole, way
+        whole, half = STEPS * share, HALF * share
+        assert straight["order"][:whole] == begun["order"][:half] + resumed["order"][: whole - half], way
+        assert controls[DROPS.index("data")]["order"][:share] == straight["order"][:share]
+        seen |= set(straight["order"])
+    assert len(seen) == way.sequences
 
-    true = checkpoint(tmp_path, "straight")
+
+def _check_files(folder: Path, way: Way, world: int) -> None:
+    """Every bit of weights and moments, and every number that was reported."""
+    true, rows = checkpoint(folder, f"{way}/straight"), reports(folder, f"{way}/straight")
     assert len(true) == world
-    assert checkpoint(tmp_path, "halves") == true
-    assert checkpoint(tmp_path, "elsewhere") == true
-    rows = reports(tmp_path, "straight")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert reports(tmp_path, "halves") == rows
-    assert reports(tmp_path, "elsewhere") == rows[HALF:]
-    assert read_state(tmp_path / f"halves/checkpoints/step-{STEPS:08d}").cursor == STEPS * BATCH
-    assert f"resuming {half}" in resumed["said"]
-    assert f"resuming {half}" in elsewhere["said"]
-
+    for run in ("halves", "elsewhere"):
+        assert checkpoint(folder, f"{way}/{run}") == true, (way, run)
+        assert reports(folder, f"{way}/{run}") == rows[HALF if run == "elsewhere" else 0 :], (way, run)
+    assert read_state(folder / f"{way}/halves/checkpoints/step-{STEPS:08d}").cursor == STEPS * BATCH
     for what in DROPS:
-        assert checkpoint(tmp_path, f"without-{what}") != true, f"the comparison must see that {what} was dropped"
-        assert reports(tmp_path, f"without-{what}") != rows[HALF:], what
-    assert second[0][DROPS.index("data")]["order"][:BATCH] == straight["order"][:BATCH]
+        assert checkpoint(folder, f"{way}/without-{what}") != true, f"{way}: the comparison must see that {what} was dropped"
+        assert reports(folder, f"{way}/without-{what}") != rows[HALF:], (way, what)
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,8 @@ STEPS = 6
 # what is interrupted, at which call of it (those of the start-up probe count), and the step after which all ranks stop
 PHASES: dict[str, tuple[Any, str, int, int]] = {
     "model build": (assembly, "build_model", 1, 0),
+    # the probe, of two micro batches, calls it three times
+    "first compile": (Engine, "forward", 4, 1),
     "data wait": (Loader, "step", 3, 2),
     "forward": (Engine, "forward", 12, 3),
     "accumulation": (Engine, "backward", 7, 3),
@@ -54,8 +56,12 @@ def _signal_in(phase: str, number: signal.Signals, mine: bool) -> Iterator[None]
         nonlocal calls
         calls += 1
         if mine and calls == at:
-            os.kill(os.getpid(), number)
-            time.sleep(0.1)  # the thread that listens is as fast as the machine is idle
+            if phase == "first compile":
+                # it comes while this process waits for another one, as for an assembler
+                subprocess.run(["sh", "-c", f"kill -{number:d} {os.getpid()}; sleep 0.1"], check=True)
+            else:
+                os.kill(os.getpid(), number)
+                time.sleep(0.1)  # the thread that listens is as fast as the machine is idle
         return inner(*arguments, **more)
 
     with pytest.MonkeyPatch.context() as patch:
