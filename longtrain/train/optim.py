@@ -3,24 +3,47 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
+# Elements of a parameter group. ZeRO-1 and -2 copy the gradient of a whole group at each step, 6 bytes an element: with all of a 7B
+# model in one, 38 GiB. Just under a power of two, because pinned host memory is handed out in those.
+GROUP = 1 << 28
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+
+def decay_groups(model: nn.Module, weight_decay: float, largest: int = GROUP) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: weights of two and more dimensions decay; norms and biases do not.
 
-    Every parameter appears once, tied ones too. Empty groups are left out.
+    Every parameter appears once, tied ones too, in the order of the model. A group has up to `largest` elements, or one parameter.
     """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
-        # A parameter that ZeRO-3 has partitioned looks one-dimensional and empty; ds_shape is its true shape.
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (decayed if len(shape) >= 2 else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+        (decayed if len(_shape(parameter)) >= 2 else others).append(parameter)
+    halves = ((decayed, weight_decay), (others, 0.0))
+    return [{"params": group, "weight_decay": decay} for half, decay in halves for group in _bounded(half, largest)]
+
+
+def _bounded(parameters: Iterable[nn.Parameter], largest: int) -> Iterator[list[nn.Parameter]]:
+    group: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        numel = _shape(parameter).numel()
+        if group and size + numel > largest:
+            yield group
+            group, size = [], 0
+        group.append(parameter)
+        size += numel
+    if group:
+        yield group
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    # A parameter that ZeRO-3 has partitioned looks one-dimensional and empty; ds_shape is its true shape.
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def learning_rate(

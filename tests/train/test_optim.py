@@ -51,6 +51,18 @@ def test_a_partitioned_weight_counts_by_its_whole_shape() -> None:
     assert decay_groups(model, 0.5)[0]["weight_decay"] == 0.5
 
 
+def test_groups_are_bounded_and_keep_the_order_of_the_model() -> None:
+    """ZeRO copies a whole group at each step; what is larger than the bound is a group of its own."""
+    sizes = (3, 4, 20, 2, 2, 2, 1, 10)
+    model = nn.Sequential(*(nn.Linear(size, 1) for size in sizes))
+    groups = decay_groups(model, 0.1, largest=10)
+    assert [[p.numel() for p in group["params"]] for group in groups] == [[3, 4], [20], [2, 2, 2, 1], [10], [1] * len(sizes)]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1, 0.1, 0.1, 0.0]
+    once = [id(p) for group in groups for p in group["params"]]
+    assert sorted(once) == sorted(id(p) for p in model.parameters())
+    assert len(decay_groups(model, 0.1)) == 2
+
+
 @given(SHAPES)
 def test_schedule_rises_then_never_rises_again(shape: dict) -> None:
     lr, warmup, last = 2.0, shape["warmup_steps"], shape["steps"] - 1
