@@ -20,7 +20,8 @@ class Batch:
     tokens, labels, positions: int64 [B, T]; labels are already shifted, IGNORE bears no loss; positions restart at 0 with every
     document of the row. segment_ids: int32 [B, T], the documents of a row counted from 0, PADDING where there is none.
     boundaries: on the host, per row the start of every document and the end of the last one: documents of 3 and 5 tokens are
-    (0, 3, 8). Kernels and the ring schedule read them without waiting for the device.
+    (0, 3, 8). Kernels and the ring schedule read them without waiting for the device. seeds: int64 [B], what dropout of a row is
+    drawn from; None in what is not trained on.
     """
 
     tokens: Tensor
@@ -28,3 +29,4 @@ class Batch:
     positions: Tensor
     segment_ids: Tensor
     boundaries: tuple[tuple[int, ...], ...]
+    seeds: Tensor | None = None

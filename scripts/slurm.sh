@@ -8,7 +8,7 @@
 #
 #   longtrain train --recipe llama-7b-128k --dry-run --ranks 16        and on one node        srun --gpus 8 longtrain doctor
 #
-# parallel.cp should divide the GPUs of a node: rings then stay inside it. After a preemption or a time limit the same command goes
+# parallel.cp should divide the GPUs of a node: rings then stay inside it; auto sees to that. After a preemption or a time limit the same command goes
 # on from the newest checkpoint; with --requeue Slurm gives it itself. Activate the environment before sbatch, or below.
 #SBATCH --job-name=longtrain
 #SBATCH --ntasks-per-node=1

@@ -204,6 +204,19 @@ def test_dry_run_for_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("fresh")
+def test_dropout_does_not_depend_on_where_a_run_was_stopped() -> None:
+    dropping = ("--set", "model.dropout=0.2", "--set", "model.attention_dropout=0.1")
+    assert train(*dropping).code == 0
+    once = [json.loads(line)["loss"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    again = ("--set", "output=again", "--set", "training.micro_batch_size=4", "--set", "training.activations=full")
+    assert train(*dropping, *again, "--until", "1").code == 0
+    assert train(*dropping, *again).code == 0
+    twice = [json.loads(line)["loss"] for line in Path("again/metrics.jsonl").read_text().splitlines()]
+    assert twice == pytest.approx(once, rel=1e-5)
+    assert "sample:" in command("report", "run", "--tokens", "2").text, "nothing is dropped where text is generated"
+
+
+@pytest.mark.usefixtures("fresh")
 def test_interrupt_says_where_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

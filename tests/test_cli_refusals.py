@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-import longtrain.cli
 from longtrain.attention.reference import ReferenceKernel
 from tests.user import CHECKPOINT, RECIPE, REPOSITORY, SCRIPT, command, process, snapshot, train
 
@@ -47,6 +46,10 @@ def become_folder(path: str) -> Callable[[], None]:
         Path(path).mkdir()
 
     return change
+
+
+def link(name: str, target: str) -> Callable[[], None]:
+    return lambda: Path(name).symlink_to(target)
 
 
 def cut(path: str | Path) -> Callable[[], None]:
@@ -128,6 +131,15 @@ TRAIN_REFUSALS = {
         ("training.activations: minimal", "use full"), ("--dry-run", *set_("parallel.cp=2", "training.activations=minimal"))
     ),
     "no data": Refusal(("data: no such data folder", "prepare_data.py"), (), remove("data")),
+    "data in a home": Refusal(("data.path=~/data: write the path out",), set_("data.path=~/data")),
+    "data is a file": Refusal(("recipe.yaml: is a file, not a folder of prepared data",), set_("data.path=recipe.yaml")),
+    "data is a folder above": Refusal(("..: holds no manifest.json",), set_("data.path=..")),
+    "data is a link to nothing": Refusal(("link: no such data folder",), set_("data.path=link"), link("link", "nowhere")),
+    "data is a link to itself": Refusal(("link: no such data folder",), set_("data.path=link"), link("link", "link")),
+    "data twice": Refusal(("hold the same data",), set_("data.path=null", "data.sources={data: 1, ./data: 1}")),
+    "data without weight": Refusal(("must be greater than 0",), set_("data.path=null", "data.sources={data: 0}")),
+    "data of two kinds": Refusal(("path is set too: keep one of them",), set_("data.sources={data: 1}")),
+    "no data at all": Refusal(("no data: set path",), set_("data.path=null")),
     "no manifest": Refusal(("data: holds no manifest.json",), (), remove("data/manifest.json")),
     "foreign manifest": Refusal(("data/manifest.json: is not a longtrain manifest",), (), overwrite("data/manifest.json", b"{}")),
     "missing shard": Refusal(("data/train-00000.bin: cannot be read (No such file",), (), remove("data/train-00000.bin")),
@@ -143,6 +155,21 @@ TRAIN_REFUSALS = {
     "other tokenizer": Refusal(("data/tokenizer.model: this tokenizer differs",), (), flip("data/tokenizer.model")),
     "no tokenizer": Refusal(("data/tokenizer.model", "cannot be read"), (), remove("data/tokenizer.model")),
     "weights not there": Refusal(("nowhere: no such folder; model.init is the path",), set_("model.init=nowhere")),
+    "weights are a file": Refusal(("recipe.yaml: no such folder; model.init is the path",), set_("model.init=recipe.yaml")),
+    "weights are no model": Refusal(("..: holds no config.json",), set_("model.init=..")),
+    "weights are a link to itself": Refusal(("link/config.json: cannot be read",), set_("model.init=link"), link("link", "link")),
+    "weights in a home": Refusal(("model.init=~/w: write the path out",), set_("model.init=~/w")),
+    "cp auto that fits no ranks": Refusal(
+        ("parallel.cp: auto finds none for 1 ranks", "parallel.ulysses 2"), set_("parallel.cp=auto", "parallel.ulysses=2")
+    ),
+    "dropout where heads are shared out": Refusal(
+        ("--set model.attention_dropout=0.1: parallel.ulysses 2 shares heads out",),
+        ("--dry-run", *set_("model.attention_dropout=0.1", "parallel.cp=2", "parallel.ulysses=2")),
+    ),
+    "DeepSpeed against the recipe": Refusal(
+        ("gradient_clipping: 3.0}: gradient_clipping: optimizer.grad_clip decides it",),
+        set_("zero.deepspeed={gradient_clipping: 3.0}"),
+    ),
     "vocabulary too small": Refusal(("model.vocab_size is 319", "set model.vocab_size to 320"), set_("model.vocab_size=319")),
     "too little text": Refusal(
         ("the split 'train' has", "fewer than one sequence of 100000"), set_("training.sequence_length=100000")
@@ -155,6 +182,24 @@ TRAIN_REFUSALS = {
     ),
     "run folder is a file": Refusal(("the run's folder run cannot be made", "run is not a folder"), (), overwrite("run", b"")),
     "run folder below a file": Refusal(("recipe.yaml is not a folder",), set_("output=recipe.yaml/a/b")),
+    "run folder is the current one": Refusal(("output: . is the current folder or one above it",), set_("output=.")),
+    "run folder is one above": Refusal(("output: ../.. is the current folder or one above it",), set_("output=../..")),
+    "run folder is the root": Refusal(("output: / is the current folder or one above it",), set_("output=/")),
+    "run folder is the data": Refusal(("output: data is in data, which is data",), set_("output=data")),
+    "run folder is in the data": Refusal(("output: data/../data/run is in data",), set_("output=./data/../data/run")),
+    "run folder is in the data by a link": Refusal(("output: link/run is in data",), set_("output=link/run"), link("link", "data")),
+    "run folder holds a recipe": Refusal(
+        ("output: mine holds a recipe.yaml that no run wrote and this one would replace",),
+        set_("output=mine"),
+        overwrite("mine/recipe.yaml", b"precious"),
+    ),
+    "run folder is a link to nothing": Refusal(("link is not a folder",), set_("output=link"), link("link", "nowhere")),
+    "run folder is a link to itself": Refusal(("link is not a folder",), set_("output=link"), link("link", "link")),
+    "run folder with a name too long": Refusal(("File name too long",), set_(f"output={'x' * 300}")),
+    "run folder in a home": Refusal(("output=~/x: write the path out, because '~' stands for no folder here",), set_("output=~/x")),
+    "run folder with an invisible name": Refusal(("expected a path, without line breaks",), set_('output="a\\0b"')),
+    "run named by a path": Refusal(("use lower-case letters",), set_("name=../x")),
+    "run named in two lines": Refusal(("use lower-case letters",), set_('name="a\\nb"')),
     "run folder where no folder can be": Refusal(("/proc/",), set_("output=/proc/longtrain/x")),
     "foreign metrics": Refusal(("run/metrics.jsonl:1: is no report",), (), overwrite("run/metrics.jsonl", b"1\n2\n")),
     "resume from nothing": Refusal(("nowhere: no such folder",), ("--resume", "nowhere")),
@@ -304,7 +349,7 @@ def test_errors_that_are_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise OSError(errno.ECONNREFUSED, "no disk is to blame")
 
-    monkeypatch.setattr(longtrain.cli, "load_recipe", broken)
+    monkeypatch.setattr("longtrain.cli.train.load_recipe", broken)
     with pytest.raises(OSError, match="no disk"):
         train()
 

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 from longtrain.data.loader import held_out
-from longtrain.errors import CheckpointError, DataError, KernelError, LaunchError, LongtrainError, RecipeError
+from longtrain.errors import CheckpointError, DataError, KernelError, LaunchError, LongtrainError, RecipeError, TrainingError
 from longtrain.evaluate.held_out import held_out_loss
 from longtrain.kernels.local import LocalAttend
 from longtrain.parallel import launch
@@ -35,9 +36,11 @@ from longtrain.train.checkpoint_folder import read_master
 from longtrain.train.experiment import experiment_trackers
 from longtrain.train.guards import check_skips
 from longtrain.train.resume import CHECKPOINTS, choose
+from longtrain.train.rollback import answer_skips
 from longtrain.train.run import run_training
 from longtrain.train.state import Progress
 from longtrain.train.tracking import METRICS_FILE, Trackers, read_metrics
+from longtrain.train.watchdog import Watchdog
 from tests.fake_wandb import FakeWandb
 from tests.user import RECIPE, sit_at_desk
 
@@ -169,6 +172,9 @@ def scaled(kind: str, **values: object) -> tuple[str, ...]:
     return tuple(f"model.rope_scaling.{name}={value}" for name, value in given.items() if value is not None)
 
 
+# the loss of the third step is above those of the first two
+RISING = ("optimizer.lr=1.0", "schedule.warmup_steps=1", "schedule.kind=constant")
+
 PROBES: dict[str, Trained | Planned] = {
     "name": Trained(("one", "two"), lambda seen: seen.folder, weights),
     "seed": Trained(("0", "1")),
@@ -190,6 +196,8 @@ PROBES: dict[str, Trained | Planned] = {
     "model.tied_embeddings": Trained(("false", "true"), losses),
     "model.window": Trained(("null", "3"), losses),
     "model.init_std": Trained(("0.3", "0.1"), losses),
+    "model.dropout": Trained(("0", "0.5"), losses),
+    "model.attention_dropout": Trained(("0", "0.5"), losses),
     "model.positions.extend": Planned(
         ("interpolate", "random"),
         planned(lambda plan: dict(describe(plan))["positions"]),
@@ -227,6 +235,7 @@ PROBES: dict[str, Trained | Planned] = {
     "attention.kernel": Planned(("memory_efficient", "reference"), planned(lambda plan: plan.kernel.kernel.name)),
     "parallel.dp": Planned(("auto", "2"), ranks_or_refusal),
     "parallel.cp": Planned(("1", "2"), planned(lambda plan: (plan.cp, plan.dp, plan.local_length), world=2)),
+    "parallel.tokens_per_rank": Planned(("32", "64"), planned(lambda plan: plan.cp, world=2), ("parallel.cp=auto",)),
     "parallel.ulysses": Planned(("1", "2"), planned(lambda plan: str(plan.layout), world=2), ("parallel.cp=2",)),
     "parallel.layout": Planned(
         ("zigzag", "striped"),
@@ -244,9 +253,19 @@ PROBES: dict[str, Trained | Planned] = {
     "schedule.final_ratio": Trained(("0.1", "0.5"), lambda seen: seen.rates),
     "zero.stage": Planned(("1", "2"), planned(lambda plan: plan.deepspeed["zero_optimization"]["stage"])),
     "zero.offload": Planned(("none", "cpu"), planned(lambda plan: plan.deepspeed["zero_optimization"])),
+    "zero.deepspeed": Planned(
+        ("null", "{zero_optimization: {reduce_bucket_size: 1000}}"),
+        planned(lambda plan: plan.deepspeed["zero_optimization"]["reduce_bucket_size"]),
+    ),
     "checkpoint.every": Trained(("1", "3"), lambda seen: seen.checkpoints, weights, ("checkpoint.keep=9",)),
     "checkpoint.keep": Trained(("1", "3"), lambda seen: seen.checkpoints, weights),
     "checkpoint.on_failure": Planned(("go_on", "stop"), lambda recipe: refused(unsaved, recipe)),
+    "guards.spike_deviations": Trained(("null", "1e-3"), given=("guards.spike_window=2", "guards.on_spike=skip", *RISING)),
+    "guards.spike_window": Trained(("2", "4"), given=("guards.spike_deviations=1e-3", "guards.on_spike=skip", *RISING)),
+    "guards.on_spike": Trained(("report", "skip"), given=("guards.spike_deviations=1e-3", "guards.spike_window=2", *RISING)),
+    "guards.on_max_skipped": Planned(("stop", "roll_back"), lambda recipe: goes_back(recipe)),
+    "guards.max_roll_backs": Planned(("1", "2"), lambda recipe: goes_back(recipe), ("guards.on_max_skipped=roll_back",)),
+    "guards.watchdog_seconds": Planned(("null", "60"), lambda recipe: watched(recipe)),
     "evaluation.every": Trained(("null", "1"), lambda seen: seen.held_out, weights),
     "evaluation.sequences": Trained(("1", "4"), lambda seen: seen.held_out, weights),
     "tracking.every": Trained(("1", "3"), lambda seen: len(seen.losses), weights, ("evaluation.every=null",)),
@@ -270,6 +289,28 @@ def refused(act: Callable[[Recipe], None], recipe: Recipe) -> bool:
 def skips(recipe: Recipe) -> None:
     """Goes on after three steps in a row without an update, or refuses to."""
     check_skips(Progress(step=9, skipped=3, skipped_in_row=3), recipe.training.max_skipped, Path("nowhere"))
+
+
+def goes_back(recipe: Recipe) -> bool:
+    """Whether a run that was rolled back once tries to go back again when too many steps are skipped; else it ends."""
+    tried: list[bool] = []
+    run = types.SimpleNamespace(
+        plan=types.SimpleNamespace(recipe=recipe),
+        progress=Progress(step=99, skipped=20, skipped_in_row=20, roll_backs=1),
+        folder=Path("nowhere"),
+        ctx=types.SimpleNamespace(is_main=True, world=1, all_gather_text=lambda text: [text]),
+        settle=lambda: tried.append(True),
+    )
+    with pytest.raises(TrainingError, match="there is no checkpoint"):
+        answer_skips(run)  # type: ignore[arg-type]
+    return bool(tried)
+
+
+def watched(recipe: Recipe) -> bool:
+    """Whether threads of a watchdog run beside the training."""
+    ctx: Any = types.SimpleNamespace(rank=0, world=1)
+    with Watchdog(ctx, Path("nowhere"), recipe.guards.watchdog_seconds):
+        return any(thread.name == "watchdog" for thread in threading.enumerate())
 
 
 def unsaved(recipe: Recipe) -> None:
@@ -407,6 +448,10 @@ def test_every_member_runs(field: str, value: str) -> None:
     if value == "null" and field in NOT_ALONE:
         with pytest.raises(RecipeError, match="required key is missing"):
             tiny(f"{field}=null")
+        return
+    if (field, value) == ("checkpoint.every", "null"):
+        with pytest.raises(CheckpointError, match="no such folder"):  # it trained, and left nothing to read
+            outcome((f"{field}={value}",))
         return
     if (field, value) in ON_GPU:
         plan = make_plan(tiny(*ON_GPU[field, value], f"{field}={value}"), 1, "cuda")

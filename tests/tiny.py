@@ -98,4 +98,5 @@ def ragged_batch(step: int, length: int, *, starved: bool = False) -> Batch:
 def take_rows(batch: Batch, rows: Sequence[int]) -> Batch:
     """Some rows of a batch."""
     picked = (t[list(rows)] for t in (batch.tokens, batch.labels, batch.positions, batch.segment_ids))
-    return Batch(*picked, boundaries=tuple(batch.boundaries[row] for row in rows))
+    seeds = None if batch.seeds is None else batch.seeds[list(rows)]
+    return Batch(*picked, boundaries=tuple(batch.boundaries[row] for row in rows), seeds=seeds)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 
 import numpy as np
 import torch
 
+from longtrain.attention.dropout import derive
 from longtrain.batch import IGNORE, PADDING, Batch
 from longtrain.data.mixture import Split
 from longtrain.data.packed import PackedRow
@@ -36,6 +38,7 @@ class Loader:
         self.order = split.order(seed, batch_size)
         self._split = split
         self._batch_size = batch_size
+        self._seed = torch.tensor([seed])
         self._rows = [
             [(m * dp + dp_rank) * micro_batch_size + b for b in range(micro_batch_size)] for m in range(self.accumulation)
         ]
@@ -65,7 +68,12 @@ class Loader:
 
     def _read(self, step: int) -> list[Batch]:
         first = step * self._batch_size
-        return [_batch([self._split.sequence(self.order(first + row)) for row in rows]) for rows in self._rows]
+        return [self._micro_batch([first + row for row in rows]) for rows in self._rows]
+
+    def _micro_batch(self, numbers: Sequence[int]) -> Batch:
+        """The sequences with these numbers in the order of the data; a number never comes again, so it seeds their dropout."""
+        batch = _batch([self._split.sequence(self.order(number)) for number in numbers])
+        return replace(batch, seeds=torch.cat([derive(self._seed, number) for number in numbers]))
 
 
 def held_out(split: Split, count: int, *, micro_batch_size: int, dp: int, dp_rank: int) -> list[Batch]:

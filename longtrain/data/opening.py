@@ -45,6 +45,9 @@ def prepare_command(recipe: Recipe, folder: str, vocab_size: int | None) -> str:
 
 
 def _check_folders(recipe: Recipe, vocab_size: int | None) -> None:
+    files = [folder for folder in recipe.data.folders if Path(folder).is_file()]
+    if files:
+        raise DataError(f"{files[0]}: is a file, not a folder of prepared data; scripts/prepare_data.py makes one of text")
     missing = [folder for folder in recipe.data.folders if not Path(folder).is_dir()]
     if missing:
         commands = "".join(f"\n  {prepare_command(recipe, folder, vocab_size)}" for folder in missing)

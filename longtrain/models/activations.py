@@ -70,7 +70,7 @@ def held_bytes(config: ModelConfig, mode: Activations, tokens: int, itemsize: in
     """Bytes that one block holds from its forward to its backward, for `tokens` tokens and activations of `itemsize` bytes.
 
     Sums what each mode names; for NONE, all that the layers save: plain norms also an fp32 copy of their inputs, a plain SwiGLU
-    also the activated gate. fused: which layers are (`kernels.layers.FUSABLE`).
+    also the activated gate, and dropout which features stay, a byte each. fused: which layers are (`kernels.layers.FUSABLE`).
     """
     hidden, family = config.hidden_size, family_of(config)
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -79,10 +79,11 @@ def held_bytes(config: ModelConfig, mode: Activations, tokens: int, itemsize: in
     of_norm = {"rmsnorm": 4, "layernorm": 8}[family.norm]
     if family.norm == "rmsnorm" and "norm" not in fused:
         of_norm += 4 * hidden
+    dropped = 2 * hidden if config.dropout else 0
     per_token = {
         Activations.MINIMAL: itemsize * hidden,
         Activations.FULL: itemsize * (hidden + queries) + lse,
         Activations.SELECTIVE: itemsize * (2 * hidden + 2 * queries + 2 * keys) + lse,
-        Activations.NONE: itemsize * (4 * hidden + 2 * queries + 2 * keys + inner) + 2 * of_norm + lse,
+        Activations.NONE: itemsize * (4 * hidden + 2 * queries + 2 * keys + inner) + 2 * of_norm + lse + dropped,
     }
     return tokens * per_token[mode]

@@ -6,7 +6,8 @@ from collections.abc import Collection
 
 from torch import Tensor, nn
 
-from longtrain.attention import PLAIN, Attend, AttentionMask, Keep
+from longtrain.attention import PLAIN, Attend, AttentionMask, AttentionSpec, Keep
+from longtrain.attention.dropout import Noise
 from longtrain.kernels.layers import Layers
 from longtrain.models.config import ModelConfig
 from longtrain.models.layers import Linear
@@ -26,17 +27,25 @@ class SelfAttention(nn.Module):
         self.key = Linear(hidden, config.kv_heads * config.head_dim, "key" in biases)
         self.value = Linear(hidden, config.kv_heads * config.head_dim, "value" in biases)
         self.output = Linear(config.heads * config.head_dim, hidden, "output" in biases)
-        self.attend, self.rotary = attend, layers.rotary
+        self.attend, self.rotary, self.dropout = attend, layers.rotary, config.attention_dropout
 
     def forward(
-        self, x: Tensor, tables: Tables | None, mask: AttentionMask, keep: Keep | None = None, products: Keep | None = None
+        self,
+        x: Tensor,
+        tables: Tables | None,
+        mask: AttentionMask,
+        noise: Noise | None = None,
+        keep: Keep | None = None,
+        products: Keep | None = None,
     ) -> Tensor:
-        """x [B, T, C] -> [B, T, C]; tables: of rotary positions, if it has any. keep, products: stores of a recomputed block."""
+        """x [B, T, C] -> [B, T, C]; tables: of rotary positions, if it has any. noise: of dropout, None where nothing is dropped.
+        keep, products: stores of a recomputed block."""
         q, k, v = (
             linear(x, products, slot).unflatten(-1, (-1, self.head_dim))
             for linear, slot in ((self.query, "query"), (self.key, "key"), (self.value, "value"))
         )
         if tables is not None:
             q, k = self.rotary(q, k, *tables)
-        out = self.attend(q, k, v, mask, PLAIN, keep=keep)
+        spec = AttentionSpec(dropout=self.dropout, dropout_seed=noise.seeds) if noise is not None and self.dropout else PLAIN
+        out = self.attend(q, k, v, mask, spec, keep=keep)
         return self.output(out.flatten(2), products, "output")

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from longtrain.errors import PlanError
 from longtrain.models.rope import RopeScaling, check_scaling
 
+MOST = {"layers": 10_000, "head_dim": 65_536}
+"""Tables are made of these many lines, so that a number which is nonsense must not be tried."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -15,7 +18,8 @@ class ModelConfig:
     vocab_size, hidden_size, layers, heads, kv_heads, head_dim, intermediate_size: counts, at least 1; kv_heads divides heads (GQA,
     Ainslie et al. 2023), head_dim is even. max_positions: the longest sequence the model has positions for. rope_theta,
     rope_scaling: of rotary positions. window: how many keys a query sees, its own included; None is all earlier ones. init_std: of
-    the normal distribution that weights start from.
+    the normal distribution that weights start from. dropout: of what attention and the feed-forward layer add to the residual
+    stream, attention_dropout: of attention probabilities; in [0, 1), in training only.
 
     Raises:
         PlanError: a number that no decoder can have.
@@ -36,17 +40,25 @@ class ModelConfig:
     tied_embeddings: bool = False
     window: int | None = None
     init_std: float = 0.02
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         counts = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "max_positions")
         for name in counts:
             if getattr(self, name) < 1:
                 raise PlanError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise PlanError(f"model.{name} is {getattr(self, name)}; it must be at most {most}")
         if self.heads % self.kv_heads:
             raise PlanError(f"model.kv_heads {self.kv_heads} does not divide model.heads {self.heads}; choose a divisor")
         if self.head_dim % 2:
             raise PlanError(f"model.head_dim {self.head_dim} is odd; rotary positions turn pairs of features, choose an even one")
         if self.window is not None and self.window < 1:
             raise PlanError(f"model.window {self.window} counts the query itself, so it must be at least 1")
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise PlanError(f"model.{name} is {getattr(self, name)}; it must be at least 0 and less than 1")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling, self.rope_theta, self.head_dim)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from longtrain.errors import CheckpointError, PlanError
 from longtrain.models.config import ModelConfig
-from longtrain.models.rope import LENGTH, SCALINGS, Dynamic, RopeScaling, make_scaling, to_hugging_face
+from longtrain.models.rope import LENGTH, LISTS, SCALINGS, Dynamic, RopeScaling, make_scaling, to_hugging_face
 
 CONFIG = "config.json"
 
@@ -34,7 +35,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / CONFIG
     try:
         content = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{folder}: {_not_a_model(folder)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON: {getattr(error, 'strerror', None) or error}") from None
@@ -99,7 +100,7 @@ def _rotary_model(config: ModelConfig) -> dict[str, object]:
         **theta,
         **old,
         "tie_word_embeddings": config.tied_embeddings,
-        "attention_dropout": 0.0,
+        "attention_dropout": config.attention_dropout,
     }
 
 
@@ -120,8 +121,8 @@ def _opt(config: ModelConfig) -> dict[str, object]:
         "layer_norm_elementwise_affine": True,
         "init_std": config.init_std,
         "tie_word_embeddings": config.tied_embeddings,
-        "dropout": 0.0,
-        "attention_dropout": 0.0,
+        "dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
         "layerdrop": 0.0,
         # transformers sets the embedding of this id to 0 in what it initialises itself; ours has no such id
         "pad_token_id": None,
@@ -145,41 +146,56 @@ class _Fields:
     def count(self, name: str, default: int | None = None) -> int:
         value = self.content.get(name)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self.refusal(name, f"expected a whole number, found {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+            raise self.refusal(name, f"expected a whole number, found {_short(value)}")
         return value
 
     def number(self, name: str, default: float) -> float:
+        """Above 0."""
         value = self.content.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.refusal(name, f"expected a number, found {value!r}")
+        if not _is_number(value) or value <= 0:
+            raise self.refusal(name, f"expected a number above 0, found {_short(value)}")
         return float(value)
 
     def numbers(self, name: str) -> float | tuple[float, ...] | None:
         """A number, or a list of them, or nothing."""
         value = self.content[name]
         for number in value if isinstance(value, list) else [value]:
-            if number is not None and (not isinstance(number, int | float) or isinstance(number, bool)):
-                raise self.refusal(name, f"expected a number, found {number!r}")
+            if number is not None and not _is_number(number):
+                raise self.refusal(name, f"expected a number, found {_short(number)}")
         return tuple(value) if isinstance(value, list) else value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.content.get(name, default)
         if not isinstance(value, bool):
-            raise self.refusal(name, f"expected true or false, found {value!r}")
+            raise self.refusal(name, f"expected true or false, found {_short(value)}")
         return value
 
     def must_be(self, name: str, wanted: object, default: object) -> None:
         value = self.content.get(name, default)
         if value != wanted:
-            raise self.refusal(name, f"{value!r} is not implemented, only {wanted!r}")
+            raise self.refusal(name, f"{_short(value)} is not implemented, only {wanted!r}")
 
     def window(self, value: int | None) -> int | None:
         """`value`, unless layer_types says something else about some layer."""
-        kinds = set(self.content.get("layer_types") or ())
-        if kinds - ({"full_attention"} if value is None else {"sliding_attention"}):
+        given = self.content.get("layer_types") or []
+        if not isinstance(given, list) or not all(isinstance(kind, str) for kind in given):
+            raise self.refusal("layer_types", f"expected a list of names, found {_short(given)}")
+        if set(given) - ({"full_attention"} if value is None else {"sliding_attention"}):
             raise self.refusal("layer_types", "layers of different kinds are not implemented")
         return value
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is one that a float can hold; JSON as Python reads it has nan and whole numbers of any size."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def _read_llama(fields: _Fields) -> ModelConfig:
@@ -230,7 +246,7 @@ def _read_rope(fields: _Fields, length: int) -> tuple[float, RopeScaling | None]
     where = "rope_scaling" if fields.content.get("rope_scaling") else "rope_parameters"
     given = fields.content.get(where) or {}
     if not isinstance(given, dict):
-        raise fields.refusal(where, f"expected an object, found {given!r}")
+        raise fields.refusal(where, f"expected an object, found {_short(given)}")
     inside = _Fields(fields.path, given)
     theta = inside.number("rope_theta", fields.number("rope_theta", 10000.0))
     inside.must_be("partial_rotary_factor", 1.0, fields.content.get("partial_rotary_factor", 1.0))
@@ -238,10 +254,14 @@ def _read_rope(fields: _Fields, length: int) -> tuple[float, RopeScaling | None]
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind not in SCALINGS:
-        raise fields.refusal(where, f"rope_type {kind!r} is not implemented; there are: default, {', '.join(SCALINGS)}")
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise fields.refusal(where, f"rope_type {_short(kind)} is not implemented; there are: default, {', '.join(SCALINGS)}")
     known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "truncate", LENGTH}
     values: dict[str, Any] = {name: inside.numbers(name) for name in given if name not in known}
+    for name in values.keys() & SCALINGS[kind].__dataclass_fields__.keys():
+        if values[name] is not None and isinstance(values[name], tuple) != (name in LISTS):
+            wanted = "a list of numbers" if name in LISTS else "a number"
+            raise fields.refusal(name, f"expected {wanted}, found {_short(given[name])}")
     original = length
     if kind in ("dynamic", "yarn", "llama3", "longrope"):
         original = length if kind == "dynamic" else inside.count(LENGTH, fields.count(LENGTH, length))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from longtrain.attention import Attend, AttentionMask, Keep
+from longtrain.attention.dropout import Noise
 from longtrain.kernels.layers import Layers, choose_layers
 from longtrain.models.activations import Activations, run_block
 from longtrain.models.attention import SelfAttention
@@ -17,7 +18,7 @@ PLAIN_LAYERS = choose_layers()
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x)))."""
 
     def __init__(self, config: ModelConfig, attend: Attend, layers: Layers) -> None:
         super().__init__()
@@ -27,13 +28,24 @@ class Block(nn.Module):
         self.attention = SelfAttention(config, attend, family.biases, layers)
         self.mlp_norm = norm(config.hidden_size, config.norm_eps, layers)
         self.mlp = mlp(config.hidden_size, config.intermediate_size, family.biases, layers)
+        self.dropout = config.dropout
 
     def forward(
-        self, x: Tensor, tables: Tables | None, mask: AttentionMask, keep: Keep | None = None, products: Keep | None = None
+        self,
+        x: Tensor,
+        tables: Tables | None,
+        mask: AttentionMask,
+        noise: Noise | None = None,
+        keep: Keep | None = None,
+        products: Keep | None = None,
     ) -> Tensor:
         y, x = self.attention_norm(x)
-        y, x = self.mlp_norm(x, self.attention(y, tables, mask, keep, products))
-        return x + self.mlp(y)
+        added = self.attention(y, tables, mask, None if noise is None else noise.branch(0), keep, products)
+        y, x = self.mlp_norm(x, self._drop(added, noise, 1))
+        return x + self._drop(self.mlp(y), noise, 2)
+
+    def _drop(self, x: Tensor, noise: Noise | None, place: int) -> Tensor:
+        return x if noise is None else noise.branch(place).drop(x, self.dropout)
 
 
 class Decoder(nn.Module):
@@ -59,13 +71,25 @@ class Decoder(nn.Module):
         self.norm = norm(config.hidden_size, config.norm_eps, layers)
         self.head = Head(config, self.embedding, layers)
 
-    def forward(self, tokens: Tensor, positions: Tensor, mask: AttentionMask, labels: Tensor | None = None) -> Tensor:
-        """tokens, positions, labels: int64 [B, T]; labels are already shifted, -100 bears no loss.
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: AttentionMask,
+        labels: Tensor | None = None,
+        noise: Noise | None = None,
+    ) -> Tensor:
+        """tokens, positions, labels: int64 [B, T]; labels are already shifted, -100 bears no loss. noise: what dropout depends on;
+        it is needed, and used, in training mode of a model that has dropout.
 
         Returns the sum of the cross entropies of the labels, an fp32 scalar (0 with a graph where there is none); without labels
         the logits, fp32 [B, T, V].
         """
+        drops = self.training and (self.config.dropout > 0 or self.config.attention_dropout > 0)
+        if drops and noise is None:
+            raise ValueError("a model with dropout needs noise in training mode")
         x, tables = self.positions(self.embedding(tokens), positions)
-        for block in self.blocks:
-            x = run_block(self.activations, block, x, tables, mask)
+        for number, block in enumerate(self.blocks):
+            own = noise.branch(number) if drops and noise is not None else None
+            x = run_block(self.activations, block, x, tables, mask, own)
         return self.head(self.norm(x)[0], labels)

@@ -98,7 +98,7 @@ OPT = Family(
     ),
     block_prefix="model.decoder.layers.",
 )
-"""Zhang et al. 2022, without its dropout: continued training does not use it."""
+"""Zhang et al. 2022."""
 
 FAMILIES: Mapping[str, Family] = {"llama": LLAMA, "qwen2": QWEN2, "opt": OPT}
 

@@ -162,6 +162,9 @@ class LongRope:
 SCALINGS: Mapping[str, type] = {"linear": Linear, "dynamic": Dynamic, "yarn": Yarn, "llama3": Llama3, "longrope": LongRope}
 """By their names in recipes and in Hugging Face's config.json."""
 
+LISTS = frozenset({"short_factor", "long_factor"})
+"""The numbers of a scaling of which there is one for every pair of features."""
+
 LENGTH = "original_max_position_embeddings"
 """Hugging Face's name of original_length."""
 
@@ -190,11 +193,13 @@ def make_scaling(kind: str, length: int, **values: object) -> RopeScaling:
 
 
 def check_scaling(scaling: RopeScaling, theta: float, dim: int) -> None:
-    """Raises PlanError where a scaling gives no usable frequencies for heads of `dim` features."""
+    """Raises PlanError where a scaling shortens, or gives no usable frequencies for heads of `dim` features."""
+    if getattr(scaling, "factor", 1.0) < 1:
+        raise PlanError(f"model.rope_scaling.factor: must be at least 1, found {scaling.factor:g}")  # type: ignore[attr-defined]
     try:
         usable = scaling.frequencies(theta, dim)
         fine = bool((usable.isfinite() & (usable > 0)).all()) and 0 < scaling.magnitude < math.inf
-    except ArithmeticError:
+    except (ArithmeticError, ValueError):
         fine = False
     if not fine:
         raise PlanError(f"model.rope_scaling: {scaling} gives no usable frequencies with rope_theta {theta:g} and heads of {dim}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from longtrain.attention.dropout import Noise
 from longtrain.attention.mask import AttentionMask, Band
 from longtrain.batch import IGNORE, PADDING, Batch
 
@@ -23,17 +24,19 @@ class Dealing(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """One rank's part: tokens, labels, positions int64 [B, T_local]; the mask still describes the whole sequence."""
+    """One rank's part: tokens, labels, positions int64 [B, T_local]; the mask still describes the whole sequence. noise: what
+    dropout of these positions depends on, None where the batch is not to be trained on."""
 
     tokens: Tensor
     labels: Tensor
     positions: Tensor
     mask: AttentionMask
+    noise: Noise | None = None
 
     def to(self, device: torch.device | str) -> Shard:
         """The same shard on `device`."""
         moved = (t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions))
-        return Shard(*moved, mask=self.mask.to(device))
+        return Shard(*moved, mask=self.mask.to(device), noise=None if self.noise is None else self.noise.to(device))
 
     @property
     def trainable(self) -> int:
@@ -54,6 +57,7 @@ def pad_batch(batch: Batch, length: int) -> Batch:
         positions=pad(batch.positions, (0, more)),
         segment_ids=pad(batch.segment_ids, (0, more), value=PADDING),
         boundaries=batch.boundaries,
+        seeds=batch.seeds,
     )
 
 
@@ -62,4 +66,6 @@ def shard_batch(batch: Batch, layout: Dealing, ranks: int, rank: int, band: Band
     lengths that the layout cannot split are padded."""
     batch = pad_batch(batch, layout.padded_length(batch.tokens.shape[1], ranks))
     tokens, labels, positions = (layout.shard(t, ranks, rank) for t in (batch.tokens, batch.labels, batch.positions))
-    return Shard(tokens, labels, positions, AttentionMask.of(batch, band))
+    places = layout.shard(torch.arange(batch.tokens.shape[1]), ranks, rank, dim=0)
+    noise = None if batch.seeds is None else Noise(batch.seeds, places)
+    return Shard(tokens, labels, positions, AttentionMask.of(batch, band), noise)

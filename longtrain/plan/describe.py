@@ -8,12 +8,18 @@ from pathlib import Path
 from longtrain.models.activations import Activations, held_bytes
 from longtrain.models.families import family_of
 from longtrain.models.flops import training_flops
+from longtrain.plan.host import available_memory, describe_checkpoint
 from longtrain.plan.plan import Plan
-from longtrain.recipe.schema import Offload, Precision, ScheduleKind
+from longtrain.plan.ranks import crowded
+from longtrain.recipe.schema import Precision, ScheduleKind
+from longtrain.recipe.zero import Offload
 
 
-def describe(plan: Plan) -> list[tuple[str, str]]:
-    """(what, value) lines of a plan: ranks, shapes, tokens, parameters, memory, kernels with their reasons."""
+def describe(plan: Plan, host_memory: int | None = None) -> list[tuple[str, str]]:
+    """(what, value) lines of a plan: ranks, shapes, tokens, parameters, memory, checkpoints, kernels with their reasons.
+
+    host_memory: bytes that are available on each machine before training; None: as many as on this one.
+    """
     recipe, model, training = plan.recipe, plan.model, plan.recipe.training
     ring = f"cp {plan.cp} ({_sharing(plan)})"
     length = training.sequence_length
@@ -49,6 +55,7 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("precision", f"{training.precision}, ZeRO stage {recipe.zero.stage}, optimizer offload {recipe.zero.offload}"),
         ("model state", f"about {state_bytes(plan) / 2**30:.3g} GiB on each rank (weights, gradients, master weights, moments)"),
         ("activations", f"{mode}: blocks hold about {held * model.layers / 2**30:.3g} GiB on each rank"),
+        ("checkpoint", describe_checkpoint(plan, available_memory() if host_memory is None else host_memory)),
         ("layers", f"fused: {', '.join(plan.fused)}" if plan.fused else "plain torch"),
         ("attention", attention),
         ("kernel", plan.kernel.kernel.name + (" (plain torch: right, but slow on GPUs)" if _slow(plan) else "")),
@@ -92,8 +99,14 @@ def _slow(plan: Plan) -> bool:
 
 
 def _warnings(plan: Plan) -> Iterator[str]:
-    """What DeepSpeed would do without a word."""
+    """What would be done without a word."""
     recipe, dtype = plan.recipe, plan.recipe.training.precision
+    if crowded(recipe, plan.cp):
+        tokens = recipe.training.micro_batch_size * plan.local_length
+        wanted = recipe.parallel.tokens_per_rank
+        yield f"each rank holds {tokens:,} tokens, more than parallel.tokens_per_rank {wanted:,}: with more ranks each holds less"
+    if recipe.checkpoint.every is None:
+        yield "checkpoint.every is null: no checkpoint is written, and nothing of this run can be resumed or exported"
     if recipe.zero.stage == 1 and dtype is not Precision.FP32 and plan.accumulation > 1:
         # measured in bf16, 64 micro batches: relative gradient error 0.0099, at stage 2 0.0062
         yield (

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longtrain.errors import PlanError
+from pydantic import ValidationError
+
+from longtrain.errors import CheckpointError, PlanError
 from longtrain.models.config import ModelConfig
 from longtrain.models.config_json import CONFIG, read_config
 from longtrain.models.rope import kind_of, make_scaling
@@ -27,6 +29,8 @@ FIXED = (
     "tied_embeddings",
 )
 FREE = ("rope_theta", "window", "init_std", "rope_scaling")
+OWN = ("dropout", "attention_dropout")
+"""What the recipe alone says: it belongs to the training, not to the weights."""
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -55,7 +59,12 @@ def resolve(recipe: Recipe) -> Recipe:
         lines = "\n".join(f"  model.{name}: {given[name]} in the recipe, {stored[name]} in {CONFIG}" for name in differing)
         raise PlanError(f"model.init: the recipe is not that of the weights in {folder}:\n{lines}\ndelete these from the recipe")
     values = given | {name: stored[name] for name in FIXED} | {name: stored[name] for name in FREE if name not in given}
-    completed = ModelSection(**values)
+    try:
+        completed = ModelSection(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in ("model", *first["loc"]))
+        raise CheckpointError(f"{folder / CONFIG}: no recipe can say this: {field}: {first['msg']}") from None
     return recipe.model_copy(update={"model": completed})
 
 
@@ -97,6 +106,8 @@ def model_config(recipe: Recipe) -> ModelConfig:
         tied_embeddings=model.tied_embeddings,
         window=model.window,
         init_std=model.init_std,
+        dropout=model.dropout,
+        attention_dropout=model.attention_dropout,
     )
 
 

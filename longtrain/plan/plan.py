@@ -16,20 +16,23 @@ from longtrain.models.families import family_of, parameter_count
 from longtrain.parallel.ulysses import UlyssesLayout, refuses_heads
 from longtrain.parallel.zero_config import DTYPES, deepspeed_config
 from longtrain.plan.model import model_config, resolve
+from longtrain.plan.ranks import share
 from longtrain.recipe.schema import Activations, Device, Precision, Recipe
+from longtrain.recipe.zero import overlaid
 
 
 @dataclass(frozen=True)
 class Plan:
     """A recipe resolved for `world` ranks. Nothing downstream writes into it.
 
-    recipe: with the whole shape of the decoder. device: "cpu" or "cuda". layout: how a sequence is dealt to cp
-    ranks. padded_length: of one sequence, as the layout splits it. fused: layers that run as one kernel (`kernels.layers.FUSABLE`).
-    deepspeed: the generated configuration.
+    recipe: with the whole shape of the decoder. host: how many of the ranks are on each machine. device: "cpu" or "cuda". layout:
+    how a sequence is dealt to cp ranks. padded_length: of one sequence, as the layout splits it. fused: layers that run as one
+    kernel (`kernels.layers.FUSABLE`). deepspeed: the generated configuration.
     """
 
     recipe: Recipe
     world: int
+    host: int
     dp: int
     cp: int
     accumulation: int
@@ -60,15 +63,15 @@ class Plan:
         return self.recipe.training.batch_size * self.recipe.training.sequence_length
 
 
-def make_plan(recipe: Recipe, world: int, device: str) -> Plan:
-    """Resolves `recipe` for `world` ranks on "cpu" or "cuda".
+def make_plan(recipe: Recipe, world: int, device: str, host: int | None = None) -> Plan:
+    """Resolves `recipe` for `world` ranks on "cpu" or "cuda". host: how many of the ranks are on each machine; None: all of them.
 
     Reads no more than the config.json of model.init. Raises PlanError where the ranks, the device or the batch do not fit,
     KernelError where no kernel does, CheckpointError where model.init is no model that can be trained; each names the field.
     """
     recipe = resolve(recipe)
     training, parallel = recipe.training, recipe.parallel
-    dp = _data_parallel(recipe, world)
+    dp, cp = share(recipe, world, host or world)
     if training.batch_size % (dp * training.micro_batch_size):
         raise PlanError(
             f"training.batch_size {training.batch_size} is not a multiple of dp {dp} x training.micro_batch_size "
@@ -78,20 +81,21 @@ def make_plan(recipe: Recipe, world: int, device: str) -> Plan:
         raise PlanError(f"device: the recipe wants {recipe.device}, this plan is for {device}")
     if training.precision is Precision.FP16 and device == "cpu":
         raise PlanError("training.precision: fp16 needs a GPU; use fp32 or bf16, or device cuda")
-    if training.activations is Activations.MINIMAL and parallel.cp > 1:
+    if training.activations is Activations.MINIMAL and cp > 1:
         raise PlanError(
             "training.activations: minimal runs attention again in the backward, and with parallel.cp > 1 its exchange too; "
             "use full, which keeps the attention output"
         )
     layout = _ring(recipe) if parallel.ulysses == 1 else UlyssesLayout(_ring(recipe), parallel.ulysses)
-    padded_length, band = layout.padded_length(training.sequence_length, parallel.cp), Band.causal(recipe.model.window)
+    padded_length, band = layout.padded_length(training.sequence_length, cp), Band.causal(recipe.model.window)
     model = model_config(recipe)
     accumulation = training.batch_size // (dp * training.micro_batch_size)
     return Plan(
         recipe=recipe,
         world=world,
+        host=host or world,
         dp=dp,
-        cp=parallel.cp,
+        cp=cp,
         accumulation=accumulation,
         device=device,
         dtype=DTYPES[training.precision],
@@ -100,34 +104,40 @@ def make_plan(recipe: Recipe, world: int, device: str) -> Plan:
         layout=layout,
         band=band,
         padded_length=padded_length,
-        kernel=_kernel(recipe, model, padded_length, band, device),
+        kernel=_kernel(recipe, model, padded_length, cp, band, device),
         fused=_fused(recipe, model, device),
-        deepspeed=deepspeed_config(
-            stage=recipe.zero.stage,
-            offload=recipe.zero.offload.value,
-            precision=training.precision.value,
-            world=world,
-            micro_batch=training.micro_batch_size,
-            accumulation=accumulation,
-            grad_clip=recipe.optimizer.grad_clip,
-        ),
+        deepspeed=_deepspeed(recipe, world, accumulation),
     )
+
+
+def _deepspeed(recipe: Recipe, world: int, accumulation: int) -> dict[str, Any]:
+    generated = deepspeed_config(
+        stage=recipe.zero.stage,
+        offload=recipe.zero.offload.value,
+        precision=recipe.training.precision.value,
+        world=world,
+        micro_batch=recipe.training.micro_batch_size,
+        accumulation=accumulation,
+        grad_clip=recipe.optimizer.grad_clip,
+    )
+    return overlaid(generated, recipe.zero.deepspeed or {})
 
 
 def _ring(recipe: Recipe) -> SequenceLayout:
     return SequenceLayout(recipe.parallel.layout.value)
 
 
-def _kernel(recipe: Recipe, model: ModelConfig, length: int, band: Band, device: str) -> Choice:
+def _kernel(recipe: Recipe, model: ModelConfig, length: int, cp: int, band: Band, device: str) -> Choice:
     """The attention kernel for all blocks of the ring's schedule; length: of a padded sequence."""
     unshared = refuses_heads(model.heads, model.kv_heads, recipe.parallel.ulysses)
     if unshared is not None:
         raise PlanError(f"parallel.ulysses: {unshared}; change parallel.ulysses (1: a ring of all cp ranks)")
-    ranks = recipe.parallel.cp // recipe.parallel.ulysses
-    schedule = ring_plan(_ring(recipe), length, length, ranks, band)
+    ranks = cp // recipe.parallel.ulysses
+    dropout: frozenset[str] = frozenset({"dropout"} if model.attention_dropout else ())
+    schedule = ring_plan(_ring(recipe), length, length, ranks, band, positional=bool(dropout))
     kinds = kinds_of(block.band for row in schedule for blocks in row for block in blocks)
     width, dtype = model.head_dim, DTYPES[recipe.training.precision]
-    needs = Needs(kinds, True, frozenset(), width, width, dtype, device, fp32_partials=ranks > 1)
+    needs = Needs(kinds, True, dropout, width, width, dtype, device, fp32_partials=ranks > 1)
     return select(needs, recipe.attention.kernel)
 
 
@@ -150,20 +160,3 @@ def _fused(recipe: Recipe, model: ModelConfig, device: str) -> tuple[str, ...]:
             "capability 8.0 or above; set training.fused to auto or none"
         )
     return tuple(name for name in FUSABLE if name in wanted)
-
-
-def _data_parallel(recipe: Recipe, world: int) -> int:
-    dp, cp = recipe.parallel.dp, recipe.parallel.cp
-    if dp == "auto":
-        if world % cp:
-            raise PlanError(
-                f"parallel.cp: the number of ranks, {world}, is not a multiple of cp {cp}; start a multiple of {cp} "
-                f"(torchrun --nproc-per-node {-(-world // cp) * cp}) or change parallel.cp"
-            )
-        return world // cp
-    if dp * cp != world:
-        raise PlanError(
-            f"parallel: dp {dp} x cp {cp} needs {dp * cp} ranks, there are {world}; start torchrun --nproc-per-node {dp * cp}, "
-            "or set parallel.dp to auto"
-        )
-    return dp

@@ -20,9 +20,12 @@ FOREIGN_NAMES: dict[str, Path] = {
     "clip_grad": ("optimizer", "grad_clip"),
     "context_length": ("training", "sequence_length"),
     "context_parallel_size": ("parallel", "cp"),
+    "deepspeed_config": ("zero", "deepspeed"),
+    "ds_config": ("zero", "deepspeed"),
     "dtype": ("training", "precision"),
     "gradient_checkpointing": ("training", "activations"),
     "gradient_clipping": ("optimizer", "grad_clip"),
+    "hidden_dropout": ("model", "dropout"),
     "initializer_range": ("model", "init_std"),
     "learning_rate": ("optimizer", "lr"),
     "liger_kernel": ("training", "fused"),
@@ -132,7 +135,7 @@ def expected(annotation: Any) -> str:
     if origin is tuple:
         return f"a list of {_items(arguments)}"
     if origin is dict:
-        return "a section of 'name: number' lines"
+        return "a section of 'key: value' lines" if arguments[1] is Any else "a section of 'name: number' lines"
     if _section_of(annotation) is not None:
         return "a section of 'key: value' lines"
     if issubclass(annotation, StrEnum):

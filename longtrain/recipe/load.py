@@ -15,6 +15,7 @@ from longtrain.errors import RecipeError
 from longtrain.recipe import tree
 from longtrain.recipe.explain import FIELDS, dotted, expected, explain, is_section, meant
 from longtrain.recipe.schema import Recipe
+from longtrain.recipe.secret import ADVICE, hidden, secrets_in
 
 MAX_BYTES = 1024 * 1024
 EXTENDS = "extends"
@@ -61,18 +62,21 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         problems = explain(error)
+    problems = [*problems, *(tree.Problem(path, ADVICE) for path in secrets_in(values))]
     in_files = [(number, p.line or file.line(p.path), file, p) for number, file in enumerate(files) for p in file.problems]
     for problem in problems:
-        blamed = next((argument for path, argument in replaced.items() if path == problem.path[: len(path)]), None)
+        blamed = next((path for path in replaced if path == problem.path[: len(path)]), None)
         if blamed is not None:
-            complaints.append(f"--set {blamed}: {problem.message}")
+            inside = tuple(part for part in problem.path[len(blamed) :] if isinstance(part, str))
+            place = f"{dotted(inside)}: " if inside else ""
+            complaints.append(f"--set {replaced[blamed]}: {place}{problem.message}")
             continue
         # the file that says most of the path, and of two the one that was given
         number, file = max(enumerate(files), key=lambda entry: (entry[1].depth(problem.path), -entry[0]))
         in_files.append((number, file.line(problem.path), file, problem))
     if recipe is None or in_files or complaints:
         told = [(number, line, file.told(line, problem)) for number, line, file, problem in in_files]
-        raise RecipeError("\n".join([text for *_, text in sorted(told)] + complaints))
+        raise RecipeError(hidden("\n".join([text for *_, text in sorted(told)] + complaints)))
     return recipe
 
 

@@ -140,7 +140,7 @@ class ModelSection(Section):
         default=None,
         strict=False,
         description="Architecture: llama (RMSNorm, rotary positions, SwiGLU; also Mistral), qwen2 (llama with biases of queries, "
-        "keys and values), opt (LayerNorm, learned positions, ReLU, biases; without its dropout).",
+        "keys and values), opt (LayerNorm, learned positions, ReLU, biases).",
     )
     vocab_size: Int | None = Field(default=None, ge=2, description="Number of tokens in the vocabulary; at least the tokenizer's.")
     hidden_size: Int | None = Field(default=None, ge=1, description="Width of the residual stream, in features.")
@@ -168,6 +168,20 @@ class ModelSection(Section):
         description="Sliding attention window, in tokens, counting the query itself; null: all earlier tokens.",
     )
     init_std: float = Field(default=0.02, gt=0, description="Standard deviation of the initial weights.")
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the features that attention and the feed-forward layer add to the residual stream which is dropped, "
+        "in training only; the same ones on any ranks. Not taken from init: OPT was trained with 0.1.",
+    )
+    attention_dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of attention probabilities that is dropped, in training only; the same ones on any ranks. Not taken "
+        "from init.",
+    )
     positions: PositionsSection = Field(default=PositionsSection(), description="Learned positions (family opt).")
     rope_scaling: RopeScalingSection = Field(
         default=RopeScalingSection(), description="Stretching rotary positions over longer sequences."

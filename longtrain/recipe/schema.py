@@ -10,8 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from longtrain.recipe.guards import GuardsSection, SkipAction
 from longtrain.recipe.model import ModelSection
 from longtrain.recipe.section import Conflict, Int, PathText, Section
+from longtrain.recipe.zero import ZeroSection
 
 _NAME_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
 
@@ -55,11 +57,6 @@ class ScheduleKind(StrEnum):
     LINEAR = "linear"
     WSD = "wsd"
     CONSTANT = "constant"
-
-
-class Offload(StrEnum):
-    NONE = "none"
-    CPU = "cpu"
 
 
 def _run_name(text: str) -> str:
@@ -150,8 +147,8 @@ class TrainingSection(Section):
     max_skipped: Int = Field(
         default=20,
         ge=1,
-        description="Steps in a row without an update, because a loss or gradient was not finite, after which training stops and "
-        "names the last good checkpoint.",
+        description="Steps in a row without an update, because a loss or gradient was not finite or a spike, after which "
+        "guards.on_max_skipped is done.",
     )
     fused: Literal["auto", "none"] | Annotated[tuple[FusedLayer, ...], Field(strict=False)] = Field(
         default="auto",
@@ -186,7 +183,17 @@ class ParallelSection(Section):
     dp: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
         default="auto", description="Data-parallel groups of ranks; auto: all ranks divided by cp."
     )
-    cp: Int = Field(default=1, ge=1, description="Ranks that share each sequence (context parallelism).")
+    cp: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
+        default=1,
+        description="Ranks that share each sequence (context parallelism); auto: as few as keep to tokens_per_rank, on any number "
+        "of ranks.",
+    )
+    tokens_per_rank: Int = Field(
+        default=16384,
+        ge=1,
+        description="Tokens of one forward pass that a rank should hold at most, where cp is auto; too few ranks hold more, and "
+        "the plan says so.",
+    )
     ulysses: Int = Field(
         default=1,
         ge=1,
@@ -202,7 +209,7 @@ class ParallelSection(Section):
     )
 
     def conflicts(self) -> Iterator[Conflict]:
-        if self.cp % self.ulysses:
+        if self.cp != "auto" and self.cp % self.ulysses:
             yield Conflict("ulysses", f"{self.ulysses} does not divide cp {self.cp}; change one of them")
 
 
@@ -246,24 +253,6 @@ class ScheduleSection(Section):
             yield Conflict("decay_steps", f"only kind wsd has decay_steps; delete it, or change kind {self.kind} to wsd")
 
 
-class ZeroSection(Section):
-    """What the ranks do not each keep a copy of (DeepSpeed ZeRO)."""
-
-    stage: int = Field(
-        default=1,
-        ge=0,
-        le=3,
-        description="Shared out over all ranks: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters.",
-    )
-    offload: Offload = Field(
-        default=Offload.NONE, strict=False, description="Where optimizer state lives: none (on the device), cpu."
-    )
-
-    def conflicts(self) -> Iterator[Conflict]:
-        if self.offload is Offload.CPU and self.stage == 0:
-            yield Conflict("offload", "offload cpu needs zero.stage 1, 2 or 3; stage 0 keeps optimizer state on the device")
-
-
 class SaveFailure(StrEnum):
     GO_ON = "go_on"
     STOP = "stop"
@@ -272,7 +261,11 @@ class SaveFailure(StrEnum):
 class CheckpointSection(Section):
     """When the state of the run is saved."""
 
-    every: Int = Field(default=500, ge=1, description="Steps between two checkpoints; the last step is always saved.")
+    every: Int | None = Field(
+        default=500,
+        ge=1,
+        description="Steps between two checkpoints; the last step is always saved. null: never, not even the last: for measuring.",
+    )
     keep: Int = Field(default=3, ge=1, description="Number of newest checkpoints to keep.")
     on_failure: SaveFailure = Field(
         default=SaveFailure.GO_ON,
@@ -332,6 +325,7 @@ class Recipe(Section):
     schedule: ScheduleSection = Field(default=ScheduleSection(), description="Learning rate over the steps.")
     zero: ZeroSection = Field(default=ZeroSection(), description="What the ranks do not each keep a copy of.")
     checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="When the run's state is saved.")
+    guards: GuardsSection = Field(default=GuardsSection(), description="What is done about bad steps and stuck ranks.")
     evaluation: EvaluationSection = Field(default=EvaluationSection(), description="Loss on held-out text.")
     tracking: TrackingSection = Field(default=TrackingSection(), description="Metrics of the run.")
 
@@ -342,8 +336,13 @@ class Recipe(Section):
 
     @property
     def smallest_world(self) -> int:
-        """The fewest ranks that the recipe runs on."""
-        return self.parallel.cp * (1 if self.parallel.dp == "auto" else self.parallel.dp)
+        """The fewest ranks that the recipe runs on; where cp is auto, the fewest that keep to tokens_per_rank."""
+        parallel, training = self.parallel, self.training
+        dp = 1 if parallel.dp == "auto" else parallel.dp
+        if parallel.cp != "auto":
+            return dp * parallel.cp
+        held = training.micro_batch_size * training.sequence_length
+        return dp * parallel.ulysses * -(-held // (parallel.tokens_per_rank * parallel.ulysses))
 
     def conflicts(self) -> Iterator[Conflict]:
         training, schedule, parallel = self.training, self.schedule, self.parallel
@@ -353,8 +352,20 @@ class Recipe(Section):
                 f"stage 0 trains in fp32 only: in {training.precision} DeepSpeed takes a phantom Adam step at start; "
                 "use stage 1, or precision fp32",
             )
+        if self.model.attention_dropout and parallel.ulysses > 1:
+            yield Conflict(
+                "model.attention_dropout",
+                f"parallel.ulysses {parallel.ulysses} shares heads out, and a rank does not know the number of its heads, on which "
+                "dropout depends; use a ring (ulysses 1), or model.dropout alone",
+            )
         if training.precision is Precision.FP16 and self.device is Device.CPU:
             yield Conflict("training.precision", "fp16 needs a GPU; use fp32 or bf16, or device cuda")
+        if self.guards.on_max_skipped is SkipAction.ROLL_BACK and (self.checkpoint.keep == 1 or self.checkpoint.every is None):
+            yield Conflict(
+                "guards.on_max_skipped",
+                "roll_back needs checkpoints, and more than the newest one, which may be spoilt: set checkpoint.every, and "
+                "checkpoint.keep to 2 or more",
+            )
         decay_steps = schedule.decay_steps or 0
         if schedule.warmup_steps > training.steps:
             yield Conflict(

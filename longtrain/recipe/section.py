@@ -37,6 +37,8 @@ class Section(BaseModel):
 def _path_text(text: str) -> str:
     if not text.strip() or not text.isprintable():
         raise ValueError("expected a path, without line breaks or other invisible characters")
+    if text.startswith("~"):
+        raise ValueError("write the path out, because '~' stands for no folder here; ./~ is a folder of that name")
     return text
 
 

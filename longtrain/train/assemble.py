@@ -90,9 +90,12 @@ class Run:
         self.stood_still += time.perf_counter() - began
 
     def finish_saving(self) -> None:
-        """Sees to it that the run as it stands is on disk. A collective of all ranks; raises CheckpointError where it cannot be."""
+        """Sees to it that the run as it stands is on disk, unless the recipe wants no checkpoints. A collective of all ranks.
+
+        Raises CheckpointError where it cannot be.
+        """
         self.settle()
-        if self._saved != self.progress.step:
+        if self._saved != self.progress.step and self.plan.recipe.checkpoint.every is not None:
             self.save(last=True)
             self.settle(last=True)
 

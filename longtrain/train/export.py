@@ -70,7 +70,7 @@ def load_trained(run: Path, *, data: Path | None = None) -> Trained:
     path = find_checkpoint(run)
     state, recipe = _read(path)
     folder, entry = _tokenizer_of(path, state, recipe, data)
-    model = Decoder(model_config(recipe), LocalAttend(MemoryEfficientKernel()))
+    model = Decoder(model_config(recipe), LocalAttend(MemoryEfficientKernel())).eval()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in read_master(path):

@@ -22,6 +22,7 @@ from longtrain.train.resume import CHECKPOINTS, Start, confirm, flat
 from longtrain.train.run_folder import environment, explain, tracker_config, worth_keeping
 from longtrain.train.state import Progress
 from longtrain.train.tracking import METRICS_FILE, Background, JsonLines, Redrawn, Terminal, Trackers
+from longtrain.train.watchdog import Watchdog
 
 Draw = Callable[[], Sequence[Path]]
 
@@ -55,7 +56,10 @@ def run_training(
         record = environment(ctx, run.progress.step)
         if ctx.is_main:
             _open_folder(run, start, record, draw)
-        progress = train(run, until=goal, evaluate=evaluate)
+        with Watchdog(ctx, run.folder, plan.recipe.guards.watchdog_seconds) as watchdog:
+            # also within a long evaluation
+            run.engine.model.register_forward_pre_hook(lambda *_: watchdog.alive())
+            progress = train(run, until=goal, evaluate=evaluate, beat=watchdog.beat)
         if ctx.is_main:
             run.trackers.keep([*(draw() if draw else ()), *worth_keeping(run.folder)])
         return progress

@@ -29,7 +29,9 @@ from longtrain.parallel.context import ParallelContext
 from longtrain.plan import Plan
 from longtrain.plan.describe import describe
 from longtrain.recipe.load import dump_recipe
+from longtrain.recipe.schema import Recipe
 from longtrain.train.resume import CHECKPOINTS
+from longtrain.train.tracking import METRICS_FILE
 
 RECIPE_FILE = "recipe.yaml"
 PLAN_FILE = "plan.txt"
@@ -41,13 +43,13 @@ PATIENCE = 30.0
 
 
 def explain(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> None:
-    """Writes recipe.yaml and plan.txt anew, and adds a line to environment.jsonl. For the main rank, at every start."""
+    """Adds a line to environment.jsonl, and writes recipe.yaml and plan.txt anew. For the main rank, at every start."""
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ENVIRONMENT_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(environment) + "\n")
     replace_durably(folder / RECIPE_FILE, dump_recipe(plan.recipe).encode())
     text = "".join(f"{what:{max(16, len(what))}} {value}\n" for what, value in describe(plan))
     replace_durably(folder / PLAN_FILE, text.encode())
-    with (folder / ENVIRONMENT_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(environment) + "\n")
 
 
 def worth_keeping(folder: Path) -> list[Path]:
@@ -117,6 +119,24 @@ def _git(folder: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def check_place(recipe: Recipe) -> None:
+    """Raises LaunchError where the run's folder is one that holds other things: what is there would be written over, or lost among
+    the files of the run."""
+    folder, here = Path(recipe.run_folder), Path(os.path.realpath("."))
+    real = Path(os.path.realpath(folder))
+    if here.is_relative_to(real):
+        raise LaunchError(f"output: {folder} is the current folder or one above it; set output to a folder for this run alone")
+    inputs = {"data": list(recipe.data.folders), "model.init": [recipe.model.init] if recipe.model.init else []}
+    for field, paths in inputs.items():
+        for path in paths:
+            if real.is_relative_to(os.path.realpath(path)):
+                raise LaunchError(f"output: {folder} is in {path}, which is {field}; set output to a folder for this run alone")
+    ours = (ENVIRONMENT_FILE, METRICS_FILE, CHECKPOINTS)
+    foreign = [name for name in (RECIPE_FILE, PLAN_FILE) if (folder / name).exists()]
+    if foreign and not any((folder / name).exists() for name in ours):
+        raise LaunchError(f"output: {folder} holds a {foreign[0]} that no run wrote and this one would replace; set another output")
 
 
 def check_writable(folder: Path) -> None:

@@ -4,25 +4,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtrain.attention.dropout import keep_mask
+from longtrain.attention import SequenceLayout, dropout
+from longtrain.attention.dropout import Noise, derive, keep_mask
 
 SEEDS = torch.tensor([1, 2, -1, 2**62 + 5, 1 + 2**32])
 
 
-def mask(dropout: float, length: int = 128, heads: int = 4, seeds: Tensor = SEEDS) -> Tensor:
-    return keep_mask(seeds, heads, torch.arange(length), torch.arange(length), dropout)
+def mask(rate: float, length: int = 128, heads: int = 4, seeds: Tensor = SEEDS) -> Tensor:
+    return keep_mask(seeds, heads, torch.arange(length), torch.arange(length), rate)
 
 
-@pytest.mark.parametrize("dropout", [0.01, 0.1, 0.5, 0.9])
-def test_rate(dropout: float) -> None:
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
+def test_rate(rate: float) -> None:
     """Within five standard deviations of a fair coin, as a whole and for every row of the batch, head, query and key."""
-    kept = mask(dropout).double()
+    kept = mask(rate).double()
     for dims in ((), (0,), (1,), (2,), (3,)):
         others = [d for d in range(4) if d not in dims]
         mean = kept.mean(others)
         samples = kept.numel() / max(mean.numel(), 1)
-        deviation = (dropout * (1 - dropout) / samples) ** 0.5
-        assert ((mean - (1 - dropout)).abs() < 5 * deviation).all()
+        deviation = (rate * (1 - rate) / samples) ** 0.5
+        assert ((mean - (1 - rate)).abs() < 5 * deviation).all()
 
 
 def test_independence() -> None:
@@ -75,3 +76,46 @@ def test_the_same_for_any_tile() -> None:
 def test_more_dropout_drops_more_of_the_same() -> None:
     assert not (mask(0.5) & ~mask(0.2)).any()
     assert mask(0.0).all()
+
+
+PLACES = torch.arange(96)
+
+
+def test_features_are_those_of_the_mask() -> None:
+    x = torch.randn(len(SEEDS), 96, 24)
+    kept = keep_mask(SEEDS, 1, PLACES, torch.arange(24), 0.3)[:, 0]
+    assert torch.equal(Noise(SEEDS, PLACES).drop(x, 0.3), torch.where(kept, x / 0.7, 0))
+    assert Noise(SEEDS, PLACES).drop(x, 0.0) is x
+    low = Noise(SEEDS, PLACES).drop(x.bfloat16(), 0.3)
+    assert low.dtype is torch.bfloat16
+    assert torch.equal(low != 0, kept)
+
+
+def test_features_are_the_same_for_any_shard_and_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(len(SEEDS), 96, 24)
+    whole = Noise(SEEDS, PLACES).drop(x, 0.4)
+    for layout in SequenceLayout:
+        shards = [Noise(SEEDS, layout.shard(PLACES, 4, rank, dim=0)).drop(layout.shard(x, 4, rank), 0.4) for rank in range(4)]
+        assert torch.equal(layout.unshard(shards), whole)
+    monkeypatch.setattr(dropout, "_CHUNK", 1)
+    assert torch.equal(Noise(SEEDS, PLACES).drop(x, 0.4), whole)
+
+
+def test_seeds_derived_are_all_different() -> None:
+    words = [*range(1000), 2**32, 2**32 + 1, 2**62]
+    derived = torch.stack([derive(SEEDS, word) for word in words])
+    assert derived.dtype is torch.int64
+    assert derived.unique().numel() == derived.numel()
+    again = torch.stack([derive(derive(SEEDS, first), second) for first in range(30) for second in range(3)])
+    assert torch.cat([derived.flatten(), again.flatten()]).unique().numel() == derived.numel() + again.numel()
+    # a contract with every run that is resumed
+    assert derive(torch.tensor([0, 7, -1]), 2**40 + 3).tolist() == [-7317986719223312512, -1374392762860589512, 6405312259090426474]
+
+
+def test_branches_are_independent() -> None:
+    """Masks of neighbouring layers and places agree as often as two fair coins."""
+    noise, ones = Noise(SEEDS, PLACES), torch.ones(len(SEEDS), 96, 64)
+    masks = [noise.branch(layer).branch(place).drop(ones, 0.5) > 0 for layer in range(3) for place in range(3)]
+    for i, a in enumerate(masks):
+        for b in masks[:i]:
+            assert abs((a == b).double().mean().item() - 0.5) < 6 * 0.5 / a.numel() ** 0.5

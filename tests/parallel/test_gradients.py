@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from longtrain.models.initialise import initial_value
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.shard import shard_batch
 from longtrain.plan.plan import model_config
+from longtrain.recipe.zero import RAW_KEYS
 from tests.distributed import run_ranks
 from tests.grid import RATES, Arrays, Case, Grids, Task, train, whole
 from tests.tiny import ragged_batch, take_rows
@@ -49,6 +51,28 @@ def cases(dp: int, cp: int) -> list[Case]:
         task, mode = TASKS[shifted % len(TASKS)], modes[shifted % len(modes)]
         kernel = ("memory_efficient", "reference")[shifted // 2 % 2]
         found.append(Case(dp, cp, stage, layout, accumulation, mode, kernel, task))
+    return found
+
+
+def sharing_heads(world: int) -> list[Case]:
+    """Every stage where ranks share heads: all of them, or groups of two in a ring, in turns; layouts as the ring needs them."""
+    found = []
+    for stage in range(4):
+        for turn, cp in enumerate((2,) if world == 2 else (2, 4)):
+            layout, mode = LAYOUTS[(stage + turn) % 3], ("none", "selective", "full")[(stage + 2 * turn) % 3]
+            task, kernel = TASKS[(stage + turn) % len(TASKS)], ("memory_efficient", "reference")[turn]
+            found.append(Case(world // cp, cp, stage, layout, 1 + stage % 2, mode, kernel, task, ulysses=2))
+    return found
+
+
+def with_raw_keys() -> list[Case]:
+    """Two ranks, with DeepSpeed's own keys far from what is generated: every one that a stage reads."""
+    found = []
+    for stage in (1, 2, 3):
+        keys = {name: key.kind for name, key in RAW_KEYS.items() if stage in key.stages and "." in name and "offload" not in name}
+        plain = {name.partition(".")[2]: 300 if kind is int else name.endswith("comm") for name, kind in keys.items()}
+        raw = json.dumps({"zero_optimization": plain, "steps_per_print": 1, "wall_clock_breakdown": True})
+        found.append(Case(1, 2, stage, "zigzag", 2, "none", "memory_efficient", Task(length=45, clip=0.3), raw=raw))
     return found
 
 
@@ -179,7 +203,8 @@ BF16 = {
 @pytest.mark.parametrize("grids", [[(1, 1)], [(2, 1), (1, 2)], [(2, 2)]], ids=["world 1", "world 2", "world 4"])
 def test_gradients_loss_and_parameters_are_those_of_one_process(grids: list[tuple[int, int]]) -> None:
     world = grids[0][0] * grids[0][1]
-    todo = [case for grid in grids for case in cases(*grid)] + BF16.get(world, [])
+    todo = [case for grid in grids for case in cases(*grid)] + BF16.get(world, []) + (sharing_heads(world) if world > 1 else [])
+    todo += with_raw_keys() if world == 2 else []
     ranks = run_ranks(_train_all, world, todo, timeout=280)
     for index, case in enumerate(todo):
         check(case, [rank[index] for rank in ranks])
@@ -193,7 +218,7 @@ def test_gradients_on_gpus(grids: list[tuple[int, int]]) -> None:
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs")
     low = [replace(case, precision=name) for case in BF16[2] if case.dp * case.cp == world for name in ("bf16", "fp16")]
-    todo = [case for grid in grids for case in cases(*grid)] + low
+    todo = [case for grid in grids for case in cases(*grid)] + low + (sharing_heads(world) if world > 1 else [])
     ranks = run_ranks(_train_all, world, todo, timeout=280, device="cuda")
     for index, case in enumerate(todo):
         check(case, [rank[index] for rank in ranks], 3 * TOLERANCE)
@@ -209,6 +234,12 @@ def test_every_value_is_tried_with_every_stage() -> None:
         assert set(seen) >= {"none", "selective", "full", "reference", "memory_efficient", None, 0.3, *TASKS}
         assert set(seen) >= set(product(LAYOUTS, (1, 2), (2,)))
     assert "minimal" in {case.activations for case in todo}
+    shared = [*sharing_heads(2), *sharing_heads(4)]
+    assert {(case.stage, case.dp, case.cp) for case in shared} == set(product(range(4), (1,), (2, 4))) | set(
+        product(range(4), (2,), (2,))
+    )
+    assert {case.layout for case in shared if case.cp == 4} == set(LAYOUTS)
+    assert {case.activations for case in shared} == {"none", "selective", "full"}
 
 
 def test_a_starved_shard_has_no_label() -> None:

@@ -172,6 +172,63 @@ def test_state_bytes(overrides: list[str], world: int, batch_size: int, bytes_a_
     assert state_bytes(plan) == pytest.approx(plan.parameters * bytes_a_parameter)
 
 
+@pytest.mark.parametrize("name", [name for name in builtin_recipes() if name != "quickstart"])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6, 7, 8, 12, 24])
+def test_builtin_recipes_fit_any_number_of_gpus(name: str, world: int) -> None:
+    recipe = load_recipe(name)
+    plan = make_plan(recipe, world, "cuda", min(world, 8) if world % 8 == 0 else None)
+    assert plan.dp * plan.cp == world
+    assert plan.dp * plan.accumulation * recipe.training.micro_batch_size == recipe.training.batch_size
+    held, wanted = recipe.training.micro_batch_size * plan.local_length, recipe.parallel.tokens_per_rank
+    crowded = "parallel.tokens_per_rank" in words(plan).get("warning", "")
+    # a layout may pad a little
+    assert crowded == (held > wanted + 2 * plan.cp * recipe.training.micro_batch_size)
+    assert not crowded or plan.cp == world
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "host", "cp"),
+    [
+        ([], 4, 4, 1),
+        (["parallel.tokens_per_rank=16"], 4, 4, 4),
+        (["parallel.tokens_per_rank=22"], 6, 6, 3),  # over two ranks 32 tokens
+        (["parallel.tokens_per_rank=31"], 12, 6, 3),
+        (["parallel.tokens_per_rank=20"], 12, 6, 6),  # four ranks do not divide a host of six
+        (["parallel.tokens_per_rank=20"], 12, 12, 4),
+        (["parallel.tokens_per_rank=8"], 16, 8, 8),
+        (["parallel.tokens_per_rank=7"], 16, 8, 16),
+        (["parallel.tokens_per_rank=32", "parallel.dp=2"], 8, 8, 4),
+        (["parallel.tokens_per_rank=32", "parallel.ulysses=2"], 4, 4, 2),
+        (["training.micro_batch_size=4"], 8, 8, 8),  # a batch of 12 is three forward passes, on one data-parallel group or on three
+        (["training.activations=minimal", "parallel.tokens_per_rank=1"], 2, 2, 1),
+    ],
+)
+def test_cp_auto_takes_the_fewest_ranks(overrides: list[str], world: int, host: int, cp: int) -> None:
+    plan = make_plan(small("parallel.cp=auto", *overrides), world, "cpu", host)
+    assert (plan.cp, plan.dp) == (cp, world // cp)
+    assert words(make_plan(plan.recipe, world, "cpu", host))["ranks"] == words(plan)["ranks"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "message"),
+    [
+        (["parallel.ulysses=2"], 3, "auto finds none for 3 ranks: it must divide them, be a multiple of parallel.ulysses 2, and"),
+        (["parallel.dp=2"], 3, "leave parallel.dp 2"),
+        (["training.activations=minimal"], 5, "be 1 with training.activations minimal"),
+    ],
+)
+def test_cp_auto_refuses(overrides: list[str], world: int, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        make_plan(small("parallel.cp=auto", *overrides), world, "cpu")
+
+
+def test_keys_of_deepspeed_are_laid_over_the_generated_ones() -> None:
+    raw = "zero.deepspeed={wall_clock_breakdown: true, zero_optimization: {reduce_bucket_size: 1000, overlap_comm: false}}"
+    plain, made = make_plan(small(), 1, "cpu").deepspeed, make_plan(small(raw), 1, "cpu").deepspeed
+    assert made["zero_optimization"] == plain["zero_optimization"] | {"reduce_bucket_size": 1000, "overlap_comm": False}
+    assert made | {"zero_optimization": 0} == plain | {"wall_clock_breakdown": True, "zero_optimization": 0}
+
+
 def test_describe() -> None:
     recipe = load_recipe("llama-7b-32k", ["training.sequence_length=32767", "model.window=4096"])
     said = words(make_plan(recipe, 8, "cuda"))
@@ -226,6 +283,9 @@ def test_smallest_world() -> None:
     assert small().smallest_world == 1
     assert small("parallel.cp=3").smallest_world == 3
     assert small("parallel.dp=4", "parallel.cp=3").smallest_world == 12
+    assert small("parallel.cp=auto").smallest_world == 1
+    assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.dp=2").smallest_world == 8
+    assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.ulysses=3").smallest_world == 6
     for name in builtin_recipes():
         recipe = load_recipe(name)
         make_plan(recipe, recipe.smallest_world, "cpu")

@@ -19,7 +19,7 @@ from longtrain.models.families import parameter_count
 from longtrain.models.rope import Dynamic, Linear, Llama3, Yarn
 from longtrain.plan import make_plan, plan
 from longtrain.plan.describe import describe
-from longtrain.plan.model import FIXED, FREE, model_config, resolve
+from longtrain.plan.model import FIXED, FREE, OWN, model_config, resolve
 from longtrain.recipe.load import dump_recipe, parse_recipe
 from longtrain.recipe.presets import PRESETS
 from longtrain.recipe.schema import Recipe
@@ -111,7 +111,7 @@ class TestInit:
         assert model_config(resolve(recipe(f"model.init={folder(tmp_path, ModelConfig(**values))}"))).rope_scaling == scaling
 
     def test_every_field_is_fixed_or_free(self) -> None:
-        assert {field.name for field in fields(ModelConfig)} == {*FIXED, *FREE}
+        assert {field.name for field in fields(ModelConfig)} == {*FIXED, *FREE, *OWN}
 
     def test_what_the_recipe_says_of_how_to_go_on_counts(self, tmp_path: Path) -> None:
         changes = ["model.rope_theta=1e6", "model.window=null", "model.init_std=0.5", "training.sequence_length=256"]

@@ -1,5 +1,7 @@
 """Recipes that are refused, and in which words: (what to replace in BASE, with what, the message after the file's name)."""
 
+from tests.recipe.bad_deepspeed import DEEPSPEED
+
 # The tables name lines, so its line numbers matter.
 BASE = """\
 name: tiny
@@ -32,7 +34,7 @@ zero:
 """
 TOP_KEYS = (
     "the keys here are name, seed, device, output, model, data, training, attention, parallel, optimizer, schedule, "
-    "zero, checkpoint, evaluation, tracking"
+    "zero, checkpoint, guards, evaluation, tracking"
 )
 NAME_RULE = "use lower-case letters, digits, '.', '_' and '-' only, and begin with a letter or a digit;"
 PATH_RULE = "expected a path, without line breaks or other invisible characters;"
@@ -54,7 +56,7 @@ UNKNOWN_KEYS = [
     ("seed: 3", "sequence_len: 3", "2: sequence_len: unknown key; did you mean 'training.sequence_length'?"),
     ("seed: 3", "training.steps: 3", "2: training.steps: unknown key; write 'steps' under 'training'"),
     ("seed: 3", "foo: 3", "2: foo: unknown key; " + TOP_KEYS),
-    ("  stage: 1", "  stage: 1\n  qqq: 1", "28: zero.qqq: unknown key; the keys here are stage, offload"),
+    ("  stage: 1", "  stage: 1\n  qqq: 1", "28: zero.qqq: unknown key; the keys here are stage, offload, deepspeed"),
     ("steps: 100", "ste\u0440s: 100", "15: training.ste\\u0440s: unknown key; did you mean 'steps'?"),
     ("seed: 3", "1: 3", "2: 1: unknown key; " + TOP_KEYS),
     ("stage: 1", "stage: 1\n  optimizer: {lr: 1}", "28: zero.optimizer: unknown key; 'optimizer' belongs at the top level"),
@@ -179,7 +181,12 @@ WRONG_TYPES = [
         "26: parallel.dp: expected a whole number or 'auto', found the number 2.0; write 2",
     ),
     ("zero:\n  stage: 1", "parallel: {dp: 0}", "26: parallel.dp: must be at least 1, found the whole number 0"),
-    ("zero:\n  stage: 1", "parallel: {cp: auto}", "26: parallel.cp: expected a whole number, found the text 'auto'"),
+    ("zero:\n  stage: 1", "parallel: {cp: all}", "26: parallel.cp: expected a whole number or 'auto', found the text 'all'"),
+    (
+        "zero:\n  stage: 1",
+        "parallel: {cp: auto, tokens_per_rank: 0}",
+        "26: parallel.tokens_per_rank: must be at least 1, found the whole number 0",
+    ),
 ]
 OUT_OF_RANGE = [
     ("steps: 100", "steps: 0", "15: training.steps: must be at least 1, found the whole number 0"),
@@ -367,4 +374,4 @@ YAML_TRAPS = [
     ("  steps: 100", "steps: 100", "16: not valid YAML: unexpected ':'; check the indentation, or put the value in quotes"),
 ]
 
-BAD_RECIPES = [*MODELS, *UNKNOWN_KEYS, *MISSING_KEYS, *WRONG_TYPES, *OUT_OF_RANGE, *CONFLICTS, *YAML_TRAPS]
+BAD_RECIPES = [*MODELS, *DEEPSPEED, *UNKNOWN_KEYS, *MISSING_KEYS, *WRONG_TYPES, *OUT_OF_RANGE, *CONFLICTS, *YAML_TRAPS]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtrain.recipe.explain import FIELDS
+from longtrain.recipe.guards import GuardsSection, SkipAction, SpikeAction
 from longtrain.recipe.load import dump_recipe, load_recipe, recipe_hash
 from longtrain.recipe.model import (
     ROPE_NUMBERS,
@@ -27,7 +28,6 @@ from longtrain.recipe.schema import (
     EvaluationSection,
     KernelName,
     Layout,
-    Offload,
     OptimizerSection,
     ParallelSection,
     Precision,
@@ -38,8 +38,8 @@ from longtrain.recipe.schema import (
     TrackingSection,
     TrainingSection,
     Wandb,
-    ZeroSection,
 )
+from longtrain.recipe.zero import Offload, ZeroSection
 from tests.recipe.bad_recipes import BASE
 
 TRAPS = [
@@ -49,7 +49,7 @@ TRAPS = [
     "no",
     "true",
     "null",
-    "~",
+    "./~",
     "<<",
     "=",
     "&a",
@@ -65,7 +65,9 @@ TRAPS = [
     "é",
     "-",
 ]
-paths = st.sampled_from(TRAPS) | st.text(min_size=1, max_size=20).filter(lambda text: text.strip() and text.isprintable())
+paths = st.sampled_from(TRAPS) | st.text(min_size=1, max_size=20).filter(
+    lambda text: text.strip() and text.isprintable() and not text.startswith("~")
+)
 labels = paths.filter(lambda text: not set(text) & set("/\\#?%:"))
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 counts = st.integers(1, 2**40)
@@ -98,6 +100,8 @@ def models(draw: st.DrawFn) -> ModelSection:
         "max_positions": draw(st.none() | counts),
         "tied_embeddings": draw(st.booleans()),
         "init_std": draw(positive),
+        "dropout": draw(st.floats(0, 1, exclude_max=True)),
+        "attention_dropout": draw(st.floats(0, 1, exclude_max=True)),
     }
     if family is Family.OPT:
         return ModelSection(**shared, positions=PositionsSection(extend=draw(st.sampled_from(Extend))))
@@ -140,7 +144,12 @@ def recipes(draw: st.DrawFn) -> Recipe:
             fused=draw(st.sampled_from(["auto", "none", (), ("norm", "loss")])),
         ),
         attention=AttentionSection(kernel=draw(st.sampled_from(KernelName))),
-        parallel=ParallelSection(dp=draw(st.sampled_from(["auto", dp])), cp=draw(counts), layout=draw(st.sampled_from(Layout))),
+        parallel=ParallelSection(
+            dp=draw(st.sampled_from(["auto", dp])),
+            cp=draw(counts | st.just("auto")),
+            layout=draw(st.sampled_from(Layout)),
+            tokens_per_rank=draw(counts),
+        ),
         optimizer=OptimizerSection(
             lr=draw(positive),
             betas=(draw(st.floats(0, 1, exclude_max=True)), draw(st.floats(0, 1, exclude_max=True))),
@@ -154,8 +163,24 @@ def recipes(draw: st.DrawFn) -> Recipe:
             decay_steps=decay if kind is ScheduleKind.WSD else None,
             final_ratio=draw(st.floats(0, 1)),
         ),
-        zero=ZeroSection(stage=draw(st.integers(1, 3)), offload=draw(st.sampled_from(Offload))),
-        checkpoint=CheckpointSection(every=draw(counts), keep=draw(counts), on_failure=draw(st.sampled_from(SaveFailure))),
+        zero=ZeroSection(
+            stage=draw(st.integers(1, 3)),
+            offload=draw(st.sampled_from(Offload)),
+            deepspeed=draw(
+                st.none() | st.fixed_dictionaries({"zero_optimization": st.fixed_dictionaries({"reduce_bucket_size": counts})})
+            ),
+        ),
+        checkpoint=CheckpointSection(
+            every=draw(counts), keep=draw(st.integers(2, 2**40)), on_failure=draw(st.sampled_from(SaveFailure))
+        ),
+        guards=GuardsSection(
+            spike_deviations=draw(st.none() | positive),
+            spike_window=draw(st.integers(2, 2**40)),
+            on_spike=draw(st.sampled_from(SpikeAction)),
+            on_max_skipped=draw(st.sampled_from(SkipAction)),
+            max_roll_backs=draw(counts),
+            watchdog_seconds=draw(st.none() | positive),
+        ),
         evaluation=EvaluationSection(every=draw(st.none() | counts), sequences=draw(counts)),
         tracking=TrackingSection(
             every=draw(counts),

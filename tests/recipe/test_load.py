@@ -204,10 +204,10 @@ def test_override_mends_what_the_file_lacks(write) -> None:
             "a.b=5",
             "unknown key 'a.b'; the sections are model, model.positions, model.rope_scaling, "
             "data, training, attention, parallel, optimizer, schedule, zero, "
-            "checkpoint, evaluation, tracking",
+            "checkpoint, guards, evaluation, tracking",
         ),
-        ("zero=5", "zero is a section; set one of its fields: zero.stage, zero.offload"),
-        ("zero={stage: 2}", "zero is a section; set one of its fields: zero.stage, zero.offload"),
+        ("zero=5", "zero is a section; set one of its fields: zero.stage, zero.offload, zero.deepspeed"),
+        ("zero={stage: 2}", "zero is a section; set one of its fields: zero.stage, zero.offload, zero.deepspeed"),
         ("training.steps", "expected key.path=value, such as training.steps=100"),
         ("training.steps=", "the value is missing; expected a whole number"),
         ("training.steps=fast", "expected a whole number, found the text 'fast'"),

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from longtrain.recipe import model, schema
+from longtrain.recipe import guards, model, schema, zero
 from longtrain.recipe.model import ROPE_NUMBERS, ModelSection, RopeKind
 from longtrain.recipe.schema import Layout, OptimizerSection, Recipe
 from longtrain.recipe.section import Section
@@ -34,6 +34,8 @@ DEFAULTS = {
     "model.tied_embeddings": False,
     "model.window": None,
     "model.init_std": 0.02,
+    "model.dropout": 0.0,
+    "model.attention_dropout": 0.0,
     "model.positions.extend": "refuse",
     "model.rope_scaling.kind": "none",
     "model.rope_scaling.factor": None,
@@ -58,6 +60,7 @@ DEFAULTS = {
     "attention.kernel": "auto",
     "parallel.dp": "auto",
     "parallel.cp": 1,
+    "parallel.tokens_per_rank": 16384,
     "parallel.ulysses": 1,
     "parallel.layout": "zigzag",
     "optimizer.betas": [0.9, 0.95],
@@ -70,9 +73,16 @@ DEFAULTS = {
     "schedule.final_ratio": 0.1,
     "zero.stage": 1,
     "zero.offload": "none",
+    "zero.deepspeed": None,
     "checkpoint.every": 500,
     "checkpoint.keep": 3,
     "checkpoint.on_failure": "go_on",
+    "guards.spike_deviations": 6.0,
+    "guards.spike_window": 100,
+    "guards.on_spike": "report",
+    "guards.on_max_skipped": "stop",
+    "guards.max_roll_backs": 3,
+    "guards.watchdog_seconds": 1800.0,
     "evaluation.every": None,
     "evaluation.sequences": 8,
     "tracking.every": 1,
@@ -136,7 +146,7 @@ CHOICES = {
 
 
 def test_every_enum_of_the_schema_is_a_choice_of_a_field() -> None:
-    named = (*vars(schema).values(), *vars(model).values())
+    named = (*vars(schema).values(), *vars(model).values(), *vars(zero).values(), *vars(guards).values())
     enums = {value for value in named if isinstance(value, type) and issubclass(value, StrEnum)}
     assert set(CHOICES.values()) == enums - {StrEnum}
 
@@ -229,8 +239,9 @@ def test_whole_numbers_serve_as_numbers(path: str) -> None:
             extra["model__rope_scaling__low_freq_factor"] = 0.5
         others = {"mscale", "mscale_all_dim"} if "mscale" in name else set()
         extra |= {f"model__rope_scaling__{needed}": number_of(needed) for needed in ROPE_NUMBERS[kind][0] | others}
-    value = resolved(build(**extra | {path.replace(".", "__"): 1}), path)
-    assert value == 1.0
+    whole = 0 if name.endswith("dropout") else 1
+    value = resolved(build(**extra | {path.replace(".", "__"): whole}), path)
+    assert value == float(whole)
     assert type(value) is float
 
 
@@ -320,6 +331,9 @@ CONFLICTS = [
     ({"training__precision": "bf16", "device": "cpu"}, None),
     ({"zero__stage": 0, "zero__offload": "cpu"}, "offload"),
     ({"zero__stage": 1, "zero__offload": "cpu"}, None),
+    ({"guards__on_max_skipped": "roll_back"}, None),
+    ({"guards__on_max_skipped": "roll_back", "checkpoint__keep": 1}, "guards.on_max_skipped"),
+    ({"guards__on_max_skipped": "roll_back", "checkpoint__every": None}, "guards.on_max_skipped"),
 ]
 
 

@@ -15,8 +15,9 @@ import longtrain
 from longtrain.errors import LaunchError
 from longtrain.parallel.context import ParallelContext
 from longtrain.recipe.load import load_recipe
-from longtrain.train.run_folder import check_shared, check_writable, commit
+from longtrain.train.run_folder import check_place, check_shared, check_writable, commit
 from tests.distributed import run_ranks
+from tests.tiny import tiny_recipe
 from tests.user import train
 
 pytest_plugins = ("tests.desks",)
@@ -117,6 +118,22 @@ def _on_one_host(ctx: ParallelContext, folder: str) -> None:
 
 def test_one_host_writes_nothing(tmp_path: Path) -> None:
     run_ranks(_on_one_host, 2, str(tmp_path / "file" / "\0 impossible"))
+
+
+def test_a_folder_of_a_run_may_hold_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = tiny_recipe("output=run")
+    check_place(recipe)
+    Path("run").mkdir()
+    Path("run", "log.txt").touch()
+    check_place(recipe)
+    Path("run", "plan.txt").touch()
+    with pytest.raises(LaunchError, match=r"output: run holds a plan\.txt that no run wrote"):
+        check_place(recipe)
+    for name in ("environment.jsonl", "metrics.jsonl", "checkpoints"):
+        Path("run", name).touch()
+        check_place(recipe)
+        Path("run", name).unlink()
 
 
 def test_writable(tmp_path: Path) -> None:

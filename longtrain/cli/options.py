@@ -1,0 +1,32 @@
+"""Options that several commands have, and how a group of commands looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", metavar="NAME|PATH", help="A built-in recipe's name, or the path of a YAML file.")
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key, e.g. optimizer.lr=1e-4; repeatable.")
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FOLDER", help="Prepared data with the run's tokenizer; by default what the run read."),
+]
+
+
+def group(help_text: str | None = None, *, bare: bool = False) -> typer.Typer:
+    """Commands under one name. bare: the name alone is a command too, else it prints the help."""
+    # plain help: boxes do not survive a pipe
+    return typer.Typer(
+        help=help_text,
+        no_args_is_help=not bare,
+        invoke_without_command=bare,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )

@@ -1,0 +1,63 @@
+"""`longtrain recipes`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from longtrain.cli.options import SetOption, group
+from longtrain.cli.refusals import refusals
+from longtrain.cli.terminal import say, table_console
+from longtrain.errors import RecipeError
+from longtrain.recipe.load import builtin_recipes, dump_recipe, load_recipe
+
+recipes = group("Lists, prints and checks recipes; without a command it lists the built-in ones.", bare=True)
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="NAME|PATH", help="A built-in recipe's name, or the path of a YAML file.")]
+
+
+@recipes.callback()
+def list_by_default(context: typer.Context) -> None:
+    """Lists, prints and checks recipes; without a command it lists the built-in ones."""
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes.command("ls")
+def list_recipes() -> None:
+    """Lists the built-in recipes."""
+    with refusals():
+        table = Table("recipe", "sequence", "ranks at least", "what it is", box=None, header_style="bold", pad_edge=False)
+        for name, path in builtin_recipes().items():
+            recipe = load_recipe(name)
+            remark = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+            table.add_row(name, f"{recipe.training.sequence_length:,}", str(recipe.smallest_world), remark)
+        table_console().print(table)
+
+
+@recipes.command("show")
+def show_recipe(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Prints a recipe as training would read it: with what it extends, overrides and every default; a recipe in itself."""
+    with refusals():
+        say(dump_recipe(load_recipe(recipe, overrides or [])).rstrip("\n"))
+
+
+@recipes.command("check")
+def check_recipes(
+    recipes: Annotated[list[str], typer.Argument(metavar="NAME|PATH...", help="Built-in recipes' names, or paths of YAML files.")],
+    overrides: SetOption = None,
+) -> None:
+    """Reads recipes and says what is wrong with each. Exit code 2 where one is refused. `train --dry-run` plans it too."""
+    with refusals():
+        problems: list[str] = []
+        for name in recipes:
+            try:
+                load_recipe(name, overrides or [])
+            except RecipeError as error:
+                problems.append(str(error))
+            else:
+                say(f"{name}: sound")
+        if problems:
+            raise RecipeError("\n".join(problems))

@@ -1,0 +1,52 @@
+"""Refusals: one message and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from longtrain.cli.terminal import rank
+from longtrain.errors import LongtrainError
+
+REFUSED = 2
+INTERRUPTED = 128 + 2  # what a shell reports of a command that SIGINT ended
+PATIENCE = 3.0  # seconds in which torchrun ends the ranks of a run that one of them has left
+
+# What the file system can say no with where the system call names no file.
+_FILE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG}
+# what gloo and NCCL say on the ranks that are left when one has gone
+_LOST_PEER = ("onnection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns a refusal into its message and exit code 2, Ctrl-C into exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        message, number = _refusal(error), rank()
+        if number:
+            # where all ranks refuse alike, or this one only lost its peers: rank 0 says why, and torchrun ends this one meanwhile
+            time.sleep(PATIENCE)
+        if message is None:
+            raise
+        print(f"error on rank {number}: {message}" if number else f"error: {message}", file=sys.stderr, flush=True)
+        raise typer.Exit(REFUSED) from None
+
+
+def _refusal(error: Exception) -> str | None:
+    """What to tell of a refusal by us or by the file system; None for every other error, which keeps its traceback."""
+    if isinstance(error, LongtrainError):
+        return str(error)
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FILE_ERRORS):
+        return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    if isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _LOST_PEER):
+        return "another rank of this run has ended; what it printed says why"
+    return None

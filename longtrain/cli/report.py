@@ -1,0 +1,91 @@
+"""`longtrain report`."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from longtrain.cli.options import DataOption
+from longtrain.cli.refusals import refusals
+from longtrain.cli.terminal import say, say_lines
+from longtrain.errors import CheckpointError, DataError, PlanError
+from longtrain.recipe.load import load_recipe
+
+if TYPE_CHECKING:
+    from longtrain.train.export import Trained
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="The run's folder, e.g. runs/quickstart.")],
+    prompt: Annotated[str, typer.Option(help="Text that the sample continues.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=0, help="Length of the sample; 0: none.")] = 96,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.6,
+    data: DataOption = None,
+) -> None:
+    """Sums up a run: losses, speed, plot, a sample of generated text."""
+    with refusals():
+        if math.isnan(temperature):
+            raise PlanError("--temperature nan: give a number of at least 0")
+        _report(run)
+        if tokens:
+            _sample(run, data, prompt, tokens, temperature)
+
+
+def _report(folder: Path) -> None:
+    from longtrain.evaluate.plot import LOSS_PLOT
+    from longtrain.evaluate.report import summary
+    from longtrain.train.checkpoint_folder import find_latest
+    from longtrain.train.resume import CHECKPOINTS
+    from longtrain.train.run_folder import EXPORT_FOLDER
+    from longtrain.train.tracking import METRICS_FILE, read_metrics
+
+    rows = read_metrics(folder / METRICS_FILE)
+    if not rows:
+        raise CheckpointError(f"{folder / METRICS_FILE}: no reports there; name the folder of a run that has trained")
+    lines = summary(rows)
+    exports = sorted(folder.glob(f"{EXPORT_FOLDER}*"), key=lambda path: path.stat().st_mtime)
+    found = [
+        ("plot", folder / LOSS_PLOT),
+        ("checkpoint", find_latest(folder / CHECKPOINTS)),
+        ("Hugging Face", (exports or [None])[-1]),
+    ]
+    lines += [(what, str(path)) for what, path in found if path is not None and path.exists()]
+    say_lines(lines)
+
+
+def _sample(folder: Path, data: Path | None, prompt: str, tokens: int, temperature: float) -> None:
+    """The sample and the next command; where the checkpoint or its tokenizer is gone, the reason instead: the report stands."""
+    from longtrain.evaluate.generate import generate
+    from longtrain.train.export import load_trained
+
+    try:
+        trained = load_trained(folder, data=data)
+    except (CheckpointError, DataError) as error:
+        say(f"\nno sample: {error}")
+        return
+    bos, eos = trained.tokenizer.bos, trained.tokenizer.eos
+    # where documents begin with their text, an empty prompt goes on after the end of one
+    ids = [*([] if bos is None else [bos]), *trained.tokenizer.encode(prompt)] or [eos]
+    ids = generate(trained.model, ids, tokens, temperature=temperature, seed=0, end=eos)
+    Console().print("\nsample:", style="bold")
+    say(trained.tokenizer.decode(ids))
+    Console().print("\nto go on:", style="bold")
+    say(_next_command(folder, trained))
+
+
+def _next_command(folder: Path, trained: Trained) -> str:
+    from longtrain.train.run_folder import RECIPE_FILE
+
+    torchrun = Path(sys.executable).with_name("torchrun")
+    inside = torchrun.exists() and torchrun.is_relative_to(Path.cwd())
+    command = str(torchrun.relative_to(Path.cwd())) if inside else "torchrun"
+    words = [command, "--nproc-per-node", str(trained.world), "scripts/train.py", "--recipe", str(folder / RECIPE_FILE)]
+    if trained.step >= load_recipe(folder / RECIPE_FILE).training.steps:
+        words += ["--set", f"training.steps={2 * trained.step}"]
+    return shlex.join(words)

@@ -1,0 +1,205 @@
+"""`longtrain train`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from longtrain.cli.options import RecipeOption, SetOption
+from longtrain.cli.refusals import refusals
+from longtrain.cli.terminal import rank, say, say_aside, say_lines
+from longtrain.errors import PlanError
+from longtrain.recipe.load import load_recipe
+from longtrain.recipe.schema import Device, Recipe
+
+if TYPE_CHECKING:
+    from longtrain.data.mixture import Split
+    from longtrain.parallel.context import ParallelContext
+    from longtrain.plan import Plan
+    from longtrain.train.loop import Evaluate
+
+
+def train(
+    recipe: RecipeOption,
+    overrides: SetOption = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|never|PATH",
+            help="auto: from the newest checkpoint of the run, if any; never: from the start; or a checkpoint's folder.",
+        ),
+    ] = "auto",
+    until: Annotated[
+        int | None, typer.Option(min=1, metavar="STEPS", help="Stop, with a checkpoint, when this many steps are done.")
+    ] = None,
+    force_resume: Annotated[
+        bool, typer.Option("--force-resume", help="Go on from a checkpoint of another recipe or other data, and say what differs.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop. Needs no GPU and no data.")] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of ranks to plan for, with --dry-run.")] = None,
+    host_memory: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="GIB", help="Memory of each machine to plan for, with --dry-run; by default of this one."),
+    ] = None,
+) -> None:
+    """Trains from a recipe. Start several ranks with torchrun."""
+    code = 0
+    with refusals():
+        chosen = load_recipe(recipe, overrides or [])
+        if dry_run:
+            _dry_run(chosen, ranks, host_memory)
+        elif ranks is not None:
+            raise PlanError(f"--ranks goes with --dry-run; to train on {ranks} ranks start torchrun --nproc-per-node {ranks}")
+        elif host_memory is not None:
+            raise PlanError("--host-memory goes with --dry-run; a run measures the memory that it finds")
+        else:
+            code = _train(chosen, resume, until, force_resume)
+    raise typer.Exit(code)
+
+
+def _dry_run(recipe: Recipe, ranks: int | None, host_memory: float | None) -> None:
+    import torch
+
+    from longtrain.parallel.launch import Launch
+    from longtrain.plan import make_plan
+    from longtrain.plan.describe import describe
+
+    launch = Launch.read()
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    device = here if recipe.device is Device.AUTO else recipe.device.value
+    host = launch.local_world if ranks is None and launch.torchrun else None
+    plan = make_plan(recipe, ranks or (launch.world if launch.torchrun else recipe.smallest_world), device, host)
+    if launch.rank:
+        return
+    say_lines(describe(plan, None if host_memory is None else int(host_memory * 2**30)))
+    if recipe.device is Device.AUTO and here == "cpu":
+        say("\nplanned for cpu, as this machine has no GPU; --set device=cuda plans for GPUs")
+
+
+def _train(recipe: Recipe, resume: str, until: int | None, force: bool) -> int:
+    """Trains; returns the exit code."""
+    from longtrain.train.signals import STOPPED
+
+    main = rank() == 0
+    try:
+        step = _run(recipe, resume, until, force)
+    except KeyboardInterrupt:
+        if main:
+            _say_interrupted(Path(recipe.run_folder))
+        raise
+    steps, saves = recipe.training.steps, recipe.checkpoint.every is not None
+    if step < min(steps if until is None else until, steps):
+        if main:
+            from_there = "the same command goes on from there" if saves else "nothing was saved, as checkpoint.every is null"
+            say(f"stopped at step {step}, as asked; {from_there}")
+        return STOPPED
+    if main:
+        _finish(recipe, export=saves and step >= steps)
+    return 0
+
+
+def _run(recipe: Recipe, resume: str, until: int | None, force: bool) -> int:
+    """The step that the run is at when it ends. What every rank can refuse by itself comes before the ranks meet; nothing is
+    written before that, and a signal ends the process as it does any other."""
+    from longtrain.parallel import launch
+    from longtrain.plan import make_plan
+    from longtrain.train.assemble import open_data, open_weights, verify_data
+    from longtrain.train.experiment import check_installed
+    from longtrain.train.resume import choose
+    from longtrain.train.run import facts_of, run_training
+    from longtrain.train.run_folder import check_place, check_shared, check_writable
+    from longtrain.train.signals import StopSignals
+    from longtrain.train.tracking import METRICS_FILE, read_metrics
+
+    started = launch.Launch.read()
+    device = launch.resolve_device(recipe.device.value, started)
+    plan = make_plan(recipe, started.world, device.type, started.local_world)
+    remarks = launch.check_rings(started, plan.cp)
+    check_installed(recipe.tracking)
+    split, unseen = open_data(plan)
+    folder = Path(recipe.run_folder)
+    check_place(plan.recipe)
+    check_writable(folder)
+    start = choose(plan.recipe, split, resume, force=force)
+    start = replace(start, remarks=(*start.remarks, *remarks))
+    open_weights(plan, start)
+    read_metrics(folder / METRICS_FILE)
+    splits = [split] if unseen is None else [split, unseen]
+    if started.local_rank == 0:
+        verify_data(splits)
+    failed = True
+    try:
+        ctx = launch.start(started, dp=plan.dp, cp=plan.cp, device=device.type)
+        with StopSignals(say_aside, lambda: None if ctx.rank else _say_interrupted(folder)) as stop:
+            check_shared(ctx, folder)
+            launch.check_agreement(ctx, facts_of(plan, splits, start, until))
+            evaluate = None if unseen is None else _evaluation(plan, ctx, unseen)
+            progress = run_training(
+                plan, ctx, split, start, until=until, evaluate=evaluate, draw=lambda: _draw(recipe), asked_to_stop=stop.asked
+            )
+            # torchrun ends all ranks when one leaves with an exit code, and the main one may still be telling its trackers
+            ctx.all_gather_text("done")
+        failed = False
+    finally:
+        launch.stop(failed)
+    return progress.step
+
+
+def _evaluation(plan: Plan, ctx: ParallelContext, unseen: Split) -> Evaluate:
+    from longtrain.data.loader import held_out
+    from longtrain.evaluate.held_out import held_out_loss
+
+    recipe = plan.recipe
+    batches = held_out(
+        unseen,
+        recipe.evaluation.sequences,
+        micro_batch_size=recipe.training.micro_batch_size,
+        dp=plan.dp,
+        dp_rank=ctx.dp_rank,
+    )
+    return lambda run: held_out_loss(run.engine, run.plan, run.ctx, batches)
+
+
+def _finish(recipe: Recipe, export: bool) -> None:
+    """What the main rank leaves in the run's folder: the plot and, of a complete run that was saved, the export."""
+    from longtrain.train.export import export_checkpoint
+    from longtrain.train.resume import find_checkpoint
+    from longtrain.train.run_folder import EXPORT_FOLDER
+
+    folder = Path(recipe.run_folder)
+    if plots := _draw(recipe):
+        say(f"plots: {', '.join(str(plot) for plot in plots)}")
+    if not export:
+        return
+    checkpoint, out = find_checkpoint(folder), folder / EXPORT_FOLDER
+    if out.exists() and not _newer(out, checkpoint):
+        # of an earlier, shorter run: kept, because people work in it
+        out = folder / f"{EXPORT_FOLDER}-{checkpoint.name}"
+    if not out.exists():
+        say(f"Hugging Face checkpoint: {export_checkpoint(folder, out)}")
+
+
+def _draw(recipe: Recipe) -> list[Path]:
+    """Draws the plots of a run's folder anew."""
+    from longtrain.evaluate.plot import draw_plots
+    from longtrain.train.tracking import METRICS_FILE, read_metrics
+
+    folder = Path(recipe.run_folder)
+    return draw_plots(read_metrics(folder / METRICS_FILE), recipe.name, folder)
+
+
+def _newer(export: Path, checkpoint: Path) -> bool:
+    return export.stat().st_mtime >= checkpoint.stat().st_mtime
+
+
+def _say_interrupted(folder: Path) -> None:
+    from longtrain.train.checkpoint_folder import find_latest
+    from longtrain.train.resume import CHECKPOINTS
+
+    latest = find_latest(folder / CHECKPOINTS)
+    kept = "there is no checkpoint yet" if latest is None else f"the same command goes on from {latest}"
+    print(f"interrupted; {kept}", file=sys.stderr, flush=True)

@@ -1,0 +1,67 @@
+"""How the ranks share out sequences: data parallelism times context parallelism."""
+
+from __future__ import annotations
+
+from longtrain.errors import PlanError
+from longtrain.recipe.schema import Activations, Recipe
+
+
+def share(recipe: Recipe, world: int, host: int) -> tuple[int, int]:
+    """(dp, cp) for `world` ranks, `host` of them on each machine. Raises PlanError where the recipe does not go with them."""
+    dp, cp = recipe.parallel.dp, recipe.parallel.cp
+    if cp == "auto":
+        cp = _fewest(recipe, world, host)
+    if dp == "auto":
+        if world % cp:
+            raise PlanError(
+                f"parallel.cp: the number of ranks, {world}, is not a multiple of cp {cp}; start a multiple of {cp} "
+                f"(torchrun --nproc-per-node {-(-world // cp) * cp}) or change parallel.cp"
+            )
+        return world // cp, cp
+    if dp * cp != world:
+        raise PlanError(
+            f"parallel: dp {dp} x cp {cp} needs {dp * cp} ranks, there are {world}; start torchrun --nproc-per-node {dp * cp}, "
+            "or set parallel.dp to auto"
+        )
+    return dp, cp
+
+
+def crowded(recipe: Recipe, cp: int) -> bool:
+    """Whether a rank holds more tokens than the recipe wants, because there are too few ranks."""
+    return recipe.parallel.cp == "auto" and _held(recipe) > recipe.parallel.tokens_per_rank * cp
+
+
+def _held(recipe: Recipe) -> int:
+    return recipe.training.micro_batch_size * recipe.training.sequence_length
+
+
+def _fewest(recipe: Recipe, world: int, host: int) -> int:
+    """What `cp: auto` stands for: the smallest that keeps to tokens_per_rank, or else the largest, of those that divide the ranks
+    and split the batch; if there are such, of those that lie within one machine or fill whole ones."""
+    parallel, training = recipe.parallel, recipe.training
+    most = 1 if training.activations is Activations.MINIMAL else world
+    found = [
+        cp
+        for cp in range(parallel.ulysses, most + 1, parallel.ulysses)
+        if world % cp == 0
+        and parallel.dp in ("auto", world // cp)
+        and training.batch_size % (world // cp * training.micro_batch_size) == 0
+    ]
+    if not found:
+        raise PlanError(
+            f"parallel.cp: auto finds none for {world} ranks: it must divide them{_more(recipe)}, and the dp that it leaves times "
+            f"training.micro_batch_size {training.micro_batch_size} must divide training.batch_size {training.batch_size}; change "
+            "the number of ranks or one of these"
+        )
+    found = [cp for cp in found if host % cp == 0 or cp % host == 0] or found
+    return next((cp for cp in found if _held(recipe) <= parallel.tokens_per_rank * cp), found[-1])
+
+
+def _more(recipe: Recipe) -> str:
+    parallel = recipe.parallel
+    terms = [
+        f"be a multiple of parallel.ulysses {parallel.ulysses}" if parallel.ulysses > 1 else "",
+        f"leave parallel.dp {parallel.dp}" if parallel.dp != "auto" else "",
+        "be 1 with training.activations minimal" if recipe.training.activations is Activations.MINIMAL else "",
+    ]
+    return "".join(f", {term}" for term in terms if term)

@@ -1,0 +1,74 @@
+"""`longtrain recipes`: what it lists and prints, and that every broken recipe is one message and exit code 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longtrain.recipe.explain import FIELDS, dotted, is_section
+from longtrain.recipe.load import builtin_recipes, dump_recipe, load_recipe
+from tests.recipe.bad_recipes import BAD_RECIPES, BASE
+from tests.user import command
+
+
+def test_ls_is_what_the_name_alone_does() -> None:
+    said = command("recipes", "ls")
+    assert said.code == 0
+    assert said == command("recipes")
+    assert [line.split()[0] for line in said.text.splitlines()[1:]] == list(builtin_recipes())
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_show_prints_a_recipe_in_itself(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = command("recipes", "show", name, "--set", "seed=5")
+    assert said.code == 0
+    Path("mine.yaml").write_text(said.text)
+    assert load_recipe("mine.yaml") == load_recipe(name, ["seed=5"])
+    assert all(f"{path[-1]}:" in said.text for path in FIELDS)
+
+
+def test_check_reads_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("child.yaml").write_text("extends: quickstart\nname: child\n")
+    Path("bad.yaml").write_text(BASE.replace("steps:", "stepz:", 1))
+    said = command("recipes", "check", "quickstart", "child.yaml")
+    assert (said.code, said.text) == (0, "quickstart: sound\nchild.yaml: sound\n")
+    said = command("recipes", "check", "quickstart", "bad.yaml", "nowhere.yaml", "child.yaml")
+    assert said.code == 2
+    assert said.text.splitlines() == [
+        "quickstart: sound",
+        "child.yaml: sound",
+        "error: bad.yaml:15: training.stepz: unknown key; did you mean 'steps'?",
+        "nowhere.yaml: no such file; check the path",
+    ]
+    assert command("recipes", "check").code == 2
+    assert command("recipes", "show", "nowhere.yaml").code == 2
+
+
+def test_every_broken_recipe_is_one_message_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(BAD_RECIPES) >= 150
+    for old, new, message in BAD_RECIPES:
+        Path("x.yaml").write_text(BASE.replace(old, new, 1), encoding="utf-8")
+        said = command("recipes", "check", "x.yaml")
+        assert (said.code, said.text) == (2, f"error: x.yaml:{message}\n")
+
+
+SECTIONS = [path for path in FIELDS if is_section(path)]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=[dotted(path) for path in SECTIONS])
+def test_an_unknown_key_of_every_section_is_refused(
+    section: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = dump_recipe(load_recipe("quickstart")).splitlines()
+    indent = "  " * len(section)
+    at = lines.index(f"{indent[2:]}{section[-1]}:") + 1
+    Path("x.yaml").write_text("\n".join([*lines[:at], f"{indent}qqq: 1", *lines[at:]]))
+    said = command("recipes", "check", "x.yaml")
+    assert said.code == 2
+    assert said.text.startswith(f"error: x.yaml:{at + 1}: {dotted(section)}.qqq: unknown key; the keys here are ")
+    assert len(said.text.splitlines()) == 1
