@@ -8,12 +8,14 @@
 #
 #   longtrain train --recipe llama-7b-128k --dry-run --ranks 16        and on one node        srun --gpus 8 longtrain doctor
 #
-# parallel.cp should divide the GPUs of a node: rings then stay inside it; auto sees to that. After a preemption or a time limit the same command goes
-# on from the newest checkpoint; with --requeue Slurm gives it itself. Activate the environment before sbatch, or below.
+# parallel.cp should divide the GPUs of a node: rings then stay inside it. Five minutes before the end Slurm asks the run to save. After
+# a preemption or a time limit the same command goes on from the newest checkpoint; after a preemption Slurm gives it itself.
+# Activate the environment before sbatch, or below.
 #SBATCH --job-name=longtrain
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
 #SBATCH --requeue
+#SBATCH --signal=TERM@300
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 

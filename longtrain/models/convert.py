@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from longtrain.errors import CheckpointError
 from longtrain.models.config import ModelConfig
 from longtrain.models.config_json import CONFIG, read_config
-from longtrain.models.deepspeed_folder import open_deepspeed
+from longtrain.models.deepspeed_folder import UNREADABLE, open_deepspeed
 from longtrain.models.families import hugging_face_names
 from longtrain.models.huggingface import SHARD_BYTES, write_weights
 from longtrain.models.pretrained import INDEX, open_pretrained
@@ -79,7 +78,7 @@ def _tensors(folder: Path, tied: bool) -> Iterator[tuple[str, Tensor]]:
     for file in _files(folder):
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, UnpicklingError) as error:
+        except UNREADABLE as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{file}: is damaged or holds more than tensors: {reason}") from None
         if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):

@@ -24,6 +24,9 @@ from torch import Tensor
 
 from longtrain.errors import CheckpointError
 
+UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, UnpicklingError)
+"""What `torch.load(weights_only=True)` raises for files that are damaged or hold more than tensors."""
+
 LATEST = "latest"
 
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -160,7 +163,7 @@ def _load(file: Path) -> dict[Any, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: is missing; copy the files of all ranks here") from None
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, UnpicklingError) as error:
+    except UNREADABLE as error:
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = foreign[1] if foreign else (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(

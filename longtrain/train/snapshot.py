@@ -81,7 +81,11 @@ class HostMemory:
     @contextmanager
     def lend(self, part: Part) -> Iterator[Tensor]:
         """The same of one part, in a buffer that serves others afterwards. As many are allocated as threads borrow at a time."""
-        buffer = self._fitting(self._buffers.pop() if self._buffers else torch.empty(0), part)
+        try:  # not asked first: another thread may take the last one in between
+            buffer = self._buffers.pop()
+        except IndexError:
+            buffer = torch.empty(0)
+        buffer = self._fitting(buffer, part)
         try:
             copy = _fill(buffer, part)
             self._wait()
