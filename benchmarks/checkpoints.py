@@ -27,6 +27,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from longtrain.cores import usable_cores
 from longtrain.data.corpus import Skipped
 from longtrain.data.manifest import TOKENIZER, TokenizerEntry, token_dtype_name
 from longtrain.data.mixture import Split
@@ -44,7 +45,6 @@ from longtrain.train.checkpoint_folder import delete, find_latest, read_master
 from longtrain.train.checkpoint_format import MANIFEST, read_manifest
 from longtrain.train.resume import CHECKPOINTS, Start, restore, state_of
 from longtrain.train.step import prepare_step, train_step
-from longtrain.train.threads import cores
 
 RESULTS = Path(__file__).parent / "results"
 HALF, WHOLE = 2, 4
@@ -235,7 +235,7 @@ def report(bench: Bench, plan: Plan, one: dict[str, Any], two: dict[str, Any], f
     return {
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": str(torch.__version__),
-        "cores": cores(),
+        "cores": usable_cores(),
         "recipe": plan.recipe.name,
         "parameters": plan.parameters,
         "tokens_per_step": plan.tokens_per_step,

@@ -12,6 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "longtrain"
 FLOORS = {
     "errors": 0,
+    "cores": 0,
     "batch": 0,
     "files": 0,
     "attention": 0,
@@ -29,7 +30,7 @@ FLOORS = {
     "cli": 5,
 }
 # on the ground floor, the nouns that others are made of; attention and recipe know nothing of each other
-GROUND = {"errors", "batch", "files"}
+GROUND = {"errors", "batch", "cores", "files"}
 ONLY_IN = {
     "triton": ("kernels/",),
     "deepspeed": ("parallel/deepspeed.py",),

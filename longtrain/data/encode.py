@@ -78,11 +78,6 @@ class Work(NamedTuple):
     encoded: Encoded
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def encode_all(steps: Iterable[tuple[int, Step]], encoder: PieceEncoder, workers: int) -> Generator[Work, None, None]:
     """Every piece, encoded, in the order given. DataError where one cannot be read, or a worker was killed."""
     if workers == 1:

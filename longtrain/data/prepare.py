@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
+from longtrain.cores import usable_cores
 from longtrain.data.corpus import Skipped
-from longtrain.data.encode import PieceEncoder, Work, encode_all, is_held_out, usable_cores
+from longtrain.data.encode import PieceEncoder, Work, encode_all, is_held_out
 from longtrain.data.json_tokenizer import find_tokenizer
 from longtrain.data.manifest import SPLITS, TOKENIZER, Manifest, Statistics, TokenizerEntry, token_dtype_name
 from longtrain.data.prepared import Prepared

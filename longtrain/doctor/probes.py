@@ -22,6 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from longtrain.cores import usable_cores
+
 Facts = dict[str, Any]
 
 PACKAGES = ("torch", "triton", "deepspeed", "wandb", "tensorboard")
@@ -49,7 +51,7 @@ def host(folder: Path) -> Facts:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "memory": pages,
         "shared_memory": shutil.disk_usage(shared).total if shared.is_dir() else None,
         "compiler": next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None),

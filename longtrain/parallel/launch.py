@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from longtrain.cores import usable_cores
 from longtrain.errors import LaunchError
 from longtrain.parallel import deepspeed
 from longtrain.parallel.context import Grid, ParallelContext, create_context
@@ -134,9 +135,7 @@ def start(
     if place.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if launch.default_threads:
-            # macOS has no affinity.
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            torch.set_num_threads(max(1, cores // launch.local_world))
+            torch.set_num_threads(max(1, usable_cores() // launch.local_world))
     else:
         torch.cuda.set_device(place)
     store = _store(launch, timeout) if rendezvous is None else None

@@ -28,6 +28,7 @@ from typing import Any
 from torch import Tensor
 
 import longtrain
+from longtrain.cores import usable_cores
 from longtrain.errors import CheckpointError, LongtrainError
 from longtrain.files import sync_path
 from longtrain.parallel.context import ParallelContext
@@ -48,7 +49,7 @@ from longtrain.train.checkpoint_format import (
     write_manifest,
 )
 from longtrain.train.snapshot import PART, HostMemory, Part, header_of, parts_of, write_tensors
-from longtrain.train.threads import THREADS, cores, in_threads
+from longtrain.train.threads import THREADS, in_threads
 
 PATIENCE = 30.0
 """Seconds that a run which is on its way out waits for what other ranks were writing."""
@@ -131,7 +132,7 @@ class Saver:
         answers = together(self._ctx, prepare)
         save.key = answers[0]["key"]
         here = [answer for answer in answers if answer["host"] == socket.gethostname()]
-        threads = max(1, min(THREADS, cores() // len(here)))
+        threads = max(1, min(THREADS, usable_cores() // len(here)))
         self._save = save
         reason, held = _too_much(here), {}
         if reason is None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from longtrain.cores import usable_cores
 
 THREADS = 8
 """Of one rank at most: SHA-256 and page faults keep one core to 1 or 2 GB/s, and few disks take more than eight of them."""
@@ -14,19 +15,13 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    # macOS has no affinity.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def in_threads(action: Callable[[Item], Answer], items: Iterable[Item], most: int = THREADS) -> list[Answer]:
     """What `action` makes of every item, in their order; up to `most` at a time, and no more than there are cores.
 
     Raises what the first item that failed raised; what had not begun by then never does. One at a time runs in this thread.
     """
     items = list(items)
-    workers = min(most, cores(), len(items))
+    workers = min(most, usable_cores(), len(items))
     if workers <= 1:
         return [action(item) for item in items]
     with ThreadPoolExecutor(workers, "checkpoint") as pool:

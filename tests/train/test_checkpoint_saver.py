@@ -147,7 +147,7 @@ def test_files_are_written_in_threads_and_the_first_error_ends_it(
 
     monkeypatch.setattr(checkpoint, "write_tensors", together)
     for module in (checkpoint, threads):
-        monkeypatch.setattr(module, "cores", lambda: 2)
+        monkeypatch.setattr(module, "usable_cores", lambda: 2)
     failing, saver = False, Saver(engine.ctx, 18)
     saver.begin(tmp_path, engine, make_state(1), keep=1)
     assert saver.settle()
@@ -166,7 +166,7 @@ def test_an_error_at_any_call_while_threads_write(tmp_path: Path, monkeypatch: p
         saver.settle()
 
     for module in (checkpoint, threads):
-        monkeypatch.setattr(module, "cores", lambda: 3)
+        monkeypatch.setattr(module, "usable_cores", lambda: 3)
     save_in_parts(tmp_path / "count", 1)
     with monkeypatch.context() as patch:
         disk = Disk(patch, None, lambda: None)
