@@ -13,9 +13,10 @@ from longtrain.kernels.flash.common import (
     kept,
     load_segments,
     load_tile,
+    place,
     scores,
+    seen,
     store_tile,
-    tile_and_head,
     visible,
     walk,
 )
@@ -88,23 +89,20 @@ def _gradients(b_p, b_dp, b_slope, b_delta, o_q, o_k, origin, numbers, word, SOF
 def queries_kernel(
     q, k, v, p_do, p_lse, p_delta, p_dq, p_sums, p_q_segments, p_k_segments, p_documents, p_bias, p_slopes, p_seed,
     s_q, s_k, s_v, s_do, s_lse, s_dq, s_q_segments, s_k_segments, s_bias,
-    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale, section,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, RUNS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr,
     BIAS: constexpr, DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
 ):  # fmt: skip
-    """dq, and with SUMS the gradient of scores summed over keys, fp32 [B, H, Tq]. Grid: tiles of queries x heads x batch."""
+    """dq, and with SUMS the gradient of scores summed over keys, fp32 [B, H, Tq]. Grid: `place`, of queries."""
     shape, band = (heads, group, queries, keys), (lo, hi)
     origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
-    tiles = tl.cdiv(shape[2], BLOCK_M)
-    i_m, i_bh = tile_and_head(section, tiles, HAS_LO and not HAS_HI)
-    i_b, i_h = i_bh // shape[0], i_bh % shape[0]
-    i_kh = i_h // shape[1]
+    i_m, i_bh, i_b, i_h, i_kh = place(shape[0], shape[1], HAS_LO and not HAS_HI)
     row = i_m * BLOCK_M
     o_m = row + tl.arange(0, BLOCK_M)
 
     begin, full_begin, full_end, end, b_first, b_last = walk(
-        p_documents, p_q_segments, s_q_segments, i_b, i_m, tiles, row, shape[2], shape[3], band[0], band[1], -2,
+        p_documents, p_q_segments, s_q_segments, i_b, i_m, tl.num_programs(1), row, shape[2], shape[3], band[0], band[1], -2,
         HAS_LO, HAS_HI, DOCUMENTS, RUNS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     slope = 0.0
@@ -136,15 +134,9 @@ def queries_kernel(
             b_s, b_lse[:, None], o_m[:, None], o_k[None, :], shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS
         )
         if (o_n < full_begin) | (o_n >= full_end):
-            if RUNS:
-                m_s = (o_k[None, :] >= b_first[:, None]) & (o_k[None, :] <= b_last[:, None])
-            else:
-                b_k_segments = o_k
-                if DOCUMENTS:
-                    b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
-                m_s = visible(
-                    o_m[:, None], o_k[None, :], b_first[:, None], b_k_segments[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
-                )
+            m_s = seen(
+                o_m, o_k, b_first, b_last, p_k_segments, s_k_segments, i_b, shape, band, False, HAS_LO, HAS_HI, DOCUMENTS, RUNS
+            )
             b_p = tl.where(m_s, b_p, 0.0)
         _, b_ds, b_dx = _gradients(
             b_p, b_dp, b_slope, b_delta[:, None], o_m[:, None], o_k[None, :], origin, numbers, word, SOFTCAP, DROPOUT
@@ -161,25 +153,22 @@ def queries_kernel(
 def keys_kernel(
     q, p_k, p_v, do, p_lse, p_delta, p_dk, p_dv, p_sums, p_q_segments, p_k_segments, p_documents, p_bias, p_slopes, p_seed,
     s_q, s_k, s_v, s_do, s_lse, s_dk, s_dv, s_q_segments, s_k_segments, s_bias,
-    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale, section,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, RUNS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr,
     BIAS: constexpr, DROPOUT: constexpr, SUMS: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
 ):  # fmt: skip
-    """dk, dv, and with SUMS the gradient of scores summed over queries, fp32 [B, H, Tk]. Grid: tiles of keys x key heads x batch;
+    """dk, dv, and with SUMS the gradient of scores summed over queries, fp32 [B, H, Tk]. Grid: `place`, of keys and key heads;
     the query heads of a key head are summed here."""
     shape, band = (heads, group, queries, keys), (lo, hi)
     origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
-    tiles = tl.cdiv(shape[3], BLOCK_N)
-    kv_heads = shape[0] // shape[1]
-    i_n, i_bh = tile_and_head(section, tiles, HAS_HI and not HAS_LO)
-    i_b, i_kh = i_bh // kv_heads, i_bh % kv_heads
+    i_n, _, i_b, i_kh, _ = place(shape[0] // shape[1], 1, HAS_HI and not HAS_LO)
     row = i_n * BLOCK_N
     o_n = row + tl.arange(0, BLOCK_N)
 
     # the band as keys see it: -hi <= key - query <= -lo
     begin, full_begin, full_end, end, b_first, b_last = walk(
-        p_documents, p_k_segments, s_k_segments, i_b, i_n, tiles, row, shape[3], shape[2], -band[1], -band[0], -1,
+        p_documents, p_k_segments, s_k_segments, i_b, i_n, tl.num_programs(1), row, shape[3], shape[2], -band[1], -band[0], -1,
         HAS_HI, HAS_LO, DOCUMENTS, RUNS, BLOCK_N, BLOCK_M,
     )  # fmt: skip
     b_k = load_tile(head_of(p_k, s_k, i_b, i_kh, False), s_k[1], i_b, i_kh, row, shape[3], D, BLOCK_N, BLOCK_D, False)
@@ -215,15 +204,9 @@ def keys_kernel(
                 b_s, b_lse[None, :], o_q[None, :], o_n[:, None], shape, origin, numbers, slope, p_b, s_bias, SOFTCAP, ALIBI, BIAS
             )
             if (o_m < full_begin) | (o_m >= full_end):
-                if RUNS:
-                    m_s = (o_q[None, :] >= b_first[:, None]) & (o_q[None, :] <= b_last[:, None])
-                else:
-                    b_q_segments = o_q
-                    if DOCUMENTS:
-                        b_q_segments = load_segments(p_q_segments, s_q_segments, i_b, o_q, shape[2], -2)
-                    m_s = visible(
-                        o_q[None, :], o_n[:, None], b_q_segments[None, :], b_first[:, None], shape, band, HAS_LO, HAS_HI, DOCUMENTS
-                    )
+                m_s = seen(
+                    o_n, o_q, b_first, b_last, p_q_segments, s_q_segments, i_b, shape, band, True, HAS_LO, HAS_HI, DOCUMENTS, RUNS
+                )
                 b_p = tl.where(m_s, b_p, 0.0)
             b_dropped, b_ds, b_dx = _gradients(
                 b_p, b_dp, b_slope, b_delta[None, :], o_q[None, :], o_n[:, None], origin, numbers, word, SOFTCAP, DROPOUT

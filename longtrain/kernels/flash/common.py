@@ -13,7 +13,7 @@ NONE = tl.constexpr(0x7FFFFFFF)
 
 # what changes from call to call must not compile a kernel anew; as elements of a tuple these would. A length of 1 as a constant
 # crashes ptxas besides. Groups of query heads are left out: a loop over one head is none, which saves registers.
-DYNAMIC = ["heads", "queries", "keys", "lo", "hi", "q_start", "k_start", "stride", "threshold", "section"]
+DYNAMIC = ["heads", "queries", "keys", "lo", "hi", "q_start", "k_start", "stride", "threshold"]
 
 
 @jit(do_not_specialize=["length", "tiles"])
@@ -65,7 +65,7 @@ def ranges_kernel(p_rows, p_columns, p_ranges, rows, columns, CHUNK: constexpr):
 def runs_kernel(p_own, p_other, p_runs, s_own, s_other, length, columns, steps, BLOCK: constexpr):
     """Per position the first and the last of the other side's positions in its document, int32 [B, 2, length].
 
-    Segments ascend, padding last: both ends are found by bisection. Nothing to see: first is `columns`, last -1.
+    Segments ascend, padding last, so both ends are found by bisection, and both ascend too. Nothing to see: last is first - 1.
     Grid: blocks of positions x batch.
     """
     blocks = tl.cdiv(length, BLOCK)
@@ -73,6 +73,7 @@ def runs_kernel(p_own, p_other, p_runs, s_own, s_other, length, columns, steps, 
     o_t = i_t * BLOCK + tl.arange(0, BLOCK)
     m_t = o_t < length
     b_s = tl.load(p_own + i_b * s_own[0] + o_t.to(tl.int64) * s_own[1], mask=m_t, other=-1)
+    b_s = tl.where(b_s < 0, NONE, b_s)
     p_other += i_b * s_other[0]
     first, first_end = o_t * 0, o_t * 0 + columns
     after, after_end = o_t * 0, o_t * 0 + columns
@@ -85,10 +86,9 @@ def runs_kernel(p_own, p_other, p_runs, s_own, s_other, length, columns, steps, 
         b_o = tl.load(p_other + middle.to(tl.int64) * s_other[1], mask=middle < columns, other=-1)
         m_up = (after < after_end) & (b_o >= 0) & (b_o <= b_s)
         after, after_end = tl.where(m_up, middle + 1, after), tl.where(m_up, after_end, middle)
-    m_some = (b_s >= 0) & (first < after)
     p_out = p_runs + i_b * 2 * length + o_t
-    tl.store(p_out, tl.where(m_some, first, columns), mask=m_t)
-    tl.store(p_out + length, tl.where(m_some, after - 1, -1), mask=m_t)
+    tl.store(p_out, first, mask=m_t)
+    tl.store(p_out + length, after - 1, mask=m_t)
 
 
 @jit
@@ -131,17 +131,23 @@ def walk(
     """
     o_r = row + tl.arange(0, BLOCK_R)
     if RUNS:
-        o_r = tl.minimum(o_r, rows - 1)  # rows beyond the last, which are never stored, see what it sees
-        p_row = p_documents + i_b.to(tl.int64) * 2 * rows + o_r
-        b_first, b_last = tl.load(p_row), tl.load(p_row + rows)
+        last_row = tl.minimum(row + BLOCK_R, rows) - 1
+        o_r = tl.minimum(o_r, last_row)  # rows beyond the last, which are never stored, see what it sees
+        p_row = p_documents + i_b.to(tl.int64) * 2 * rows
+        b_first, b_last = tl.load(p_row + o_r), tl.load(p_row + rows + o_r)
+        # both ascend: the ends of the tile need no reduction, which would wait for all warps
+        least_first, greatest_first = tl.load(p_row + row), tl.load(p_row + last_row)
+        least_last, greatest_last = tl.load(p_row + rows + row), tl.load(p_row + rows + last_row)
         if HAS_HI:
             b_first = tl.maximum(b_first, o_r - hi)
+            least_first, greatest_first = tl.maximum(least_first, row - hi), tl.maximum(greatest_first, last_row - hi)
         if HAS_LO:
             b_last = tl.minimum(b_last, o_r - lo)
-        begin = tl.multiple_of(tl.min(b_first, 0) // BLOCK_C * BLOCK_C, BLOCK_C)
-        full_begin = (tl.max(b_first, 0) + BLOCK_C - 1) // BLOCK_C * BLOCK_C
-        full_end = (tl.min(b_last, 0) + 1) // BLOCK_C * BLOCK_C
-        return begin, full_begin, full_end, tl.max(b_last, 0) + 1, b_first, b_last
+            least_last, greatest_last = tl.minimum(least_last, row - lo), tl.minimum(greatest_last, last_row - lo)
+        begin = tl.multiple_of(least_first // BLOCK_C * BLOCK_C, BLOCK_C)
+        full_begin = (greatest_first + BLOCK_C - 1) // BLOCK_C * BLOCK_C
+        full_end = (least_last + 1) // BLOCK_C * BLOCK_C
+        return begin, full_begin, full_end, greatest_last + 1, b_first, b_last
     else:
         b_segments, p_row = o_r, p_documents
         if DOCUMENTS:
@@ -214,20 +220,48 @@ def visible(o_q, o_k, b_q_segments, b_k_segments, shape, band, HAS_LO: constexpr
 
 
 @jit
-def tile_and_head(section, tiles, LAST_FIRST: constexpr):
-    """(tile, head of the batch) of a program: `section` heads at a time, all of their tiles of one position together.
+def seen(
+    o_own, o_other, b_first, b_last, p_segments, s_segments, i_b, shape, band,
+    OF_KEYS: constexpr, HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, RUNS: constexpr,
+):  # fmt: skip
+    """Which pairs of a tile [own, other] see each other; own are keys or queries, the first and last are those of `walk`.
 
-    Programs start in this order. The longest come first, so that none is left running alone at the end; what a section reads fits
-    the L2 cache.
+    p_segments: of the others.
     """
-    heads = tl.num_programs(0) // tiles
-    first = tl.program_id(0) // (tiles * section) * section
-    rest = tl.program_id(0) % (tiles * section)
-    here = tl.minimum(section, heads - first)
-    i_t = rest // here
+    if RUNS:
+        return (o_other[None, :] >= b_first[:, None]) & (o_other[None, :] <= b_last[:, None])
+    else:
+        b_other = o_other
+        if OF_KEYS:
+            if DOCUMENTS:
+                b_other = load_segments(p_segments, s_segments, i_b, o_other, shape[2], -2)
+            m = visible(
+                o_other[None, :], o_own[:, None], b_other[None, :], b_first[:, None], shape, band, HAS_LO, HAS_HI, DOCUMENTS
+            )
+        else:
+            if DOCUMENTS:
+                b_other = load_segments(p_segments, s_segments, i_b, o_other, shape[3], -1)
+            m = visible(
+                o_own[:, None], o_other[None, :], b_first[:, None], b_other[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
+            )
+        return m
+
+
+@jit
+def place(heads, group, LAST_FIRST: constexpr):
+    """(tile, head of the batch, sequence, head, head // group) of a program. heads: that have programs, of one sequence.
+
+    Grid: heads of a section x tiles x sections; programs start in this order. So `section` heads have all of their tiles of one
+    position together, and what they read fits the L2 cache. The longest come first, so that none is left running alone at the end.
+    """
+    i_t = tl.program_id(1)
     if LAST_FIRST:
-        i_t = tiles - 1 - i_t
-    return i_t, first + rest % here
+        i_t = tl.num_programs(1) - 1 - i_t
+    i_bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    # a division of signed numbers takes twice as long, and everything waits for these
+    i_b = tl.cast(tl.cast(i_bh, tl.uint32) // tl.cast(heads, tl.uint32), tl.int32)
+    i_h = i_bh - i_b * heads
+    return i_t, i_bh, i_b, i_h, tl.cast(tl.cast(i_h, tl.uint32) // tl.cast(group, tl.uint32), tl.int32)
 
 
 @jit

@@ -9,11 +9,10 @@ from longtrain.kernels.flash.common import (
     head_of,
     head_word,
     kept,
-    load_segments,
     load_tile,
+    place,
     scores,
-    tile_and_head,
-    visible,
+    seen,
     walk,
 )
 from longtrain.kernels.language import constexpr, jit, tl
@@ -23,23 +22,20 @@ from longtrain.kernels.language import constexpr, jit, tl
 def forward_kernel(
     q, k, v, p_out, p_lse, p_q_segments, p_k_segments, p_documents, p_bias, p_slopes, p_seed,
     s_q, s_k, s_v, s_out, s_lse, s_q_segments, s_k_segments, s_bias,
-    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale, section,
+    heads, group, queries, keys, lo, hi, q_start, k_start, stride, scale, softcap, threshold, rescale,
     D: constexpr, DV: constexpr, BLOCK_D: constexpr, BLOCK_V: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr,
     HAS_LO: constexpr, HAS_HI: constexpr, DOCUMENTS: constexpr, RUNS: constexpr, SOFTCAP: constexpr, ALIBI: constexpr,
     BIAS: constexpr, DROPOUT: constexpr, PLAIN: constexpr, INTO: constexpr, PRECISION: constexpr, TMA: constexpr,
 ):  # fmt: skip
-    """out [B, Tq, H, DV] and lse [B, H, Tq]; INTO merges with what they hold. Grid: tiles of queries x heads x batch."""
+    """out [B, Tq, H, DV] and lse [B, H, Tq]; INTO merges with what they hold. Grid: `place`, of queries."""
     shape, band = (heads, group, queries, keys), (lo, hi)
     origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
-    tiles = tl.cdiv(shape[2], BLOCK_M)
-    i_m, i_bh = tile_and_head(section, tiles, HAS_LO and not HAS_HI)
-    i_b, i_h = i_bh // shape[0], i_bh % shape[0]
-    i_kh = i_h // shape[1]
+    i_m, _, i_b, i_h, i_kh = place(shape[0], shape[1], HAS_LO and not HAS_HI)
     row = i_m * BLOCK_M
     o_m = row + tl.arange(0, BLOCK_M)
 
     begin, full_begin, full_end, end, b_first, b_last = walk(
-        p_documents, p_q_segments, s_q_segments, i_b, i_m, tiles, row, shape[2], shape[3], band[0], band[1], -2,
+        p_documents, p_q_segments, s_q_segments, i_b, i_m, tl.num_programs(1), row, shape[2], shape[3], band[0], band[1], -2,
         HAS_LO, HAS_HI, DOCUMENTS, RUNS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     slope = 0.0
@@ -65,15 +61,9 @@ def forward_kernel(
         if not PLAIN:
             b_s, _ = scores(b_s, o_m[:, None], o_k[None, :], shape, origin, numbers, slope, p_bias, s_bias, SOFTCAP, ALIBI, BIAS)
         if (o_n < full_begin) | (o_n >= full_end):
-            if RUNS:
-                m_s = (o_k[None, :] >= b_first[:, None]) & (o_k[None, :] <= b_last[:, None])
-            else:
-                b_k_segments = o_k
-                if DOCUMENTS:
-                    b_k_segments = load_segments(p_k_segments, s_k_segments, i_b, o_k, shape[3], -1)
-                m_s = visible(
-                    o_m[:, None], o_k[None, :], b_first[:, None], b_k_segments[None, :], shape, band, HAS_LO, HAS_HI, DOCUMENTS
-                )
+            m_s = seen(
+                o_m, o_k, b_first, b_last, p_k_segments, s_k_segments, i_b, shape, band, False, HAS_LO, HAS_HI, DOCUMENTS, RUNS
+            )
             b_s = tl.where(m_s, b_s, float("-inf"))
         b_new = tl.max(b_s, 1)
         if PLAIN:
@@ -94,9 +84,9 @@ def forward_kernel(
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new
 
-    seen = b_sum > 0
-    b_lse = tl.where(seen, b_max + tl.log(b_sum), float("-inf"))
-    b_weight = tl.where(seen, 1.0 / b_sum, 0.0)
+    m_some = b_sum > 0
+    b_lse = tl.where(m_some, b_max + tl.log(b_sum), float("-inf"))
+    b_weight = tl.where(m_some, 1.0 / b_sum, 0.0)
     if DROPOUT:
         b_weight = b_weight * numbers[3]
     m_m = o_m < shape[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ CACHE = 32 << 20
 """Bytes, of an H100's 50 MB of L2: measured against one head at a time, 4 to 6% at 16K tokens and 10% at 4K."""
 DELTA_ROWS = 32
 """Of a program that makes delta: 16 KiB of dout and out at a width of 128."""
+GRID = 65535
+"""Largest second and third dimension of a grid in CUDA."""
 CHUNK = 1024
 """Tiles whose documents are read at once."""
 RUN_ROWS = 128
@@ -82,11 +85,10 @@ class FlashKernel:
         plain = not spec.features - {"dropout"} and spec.scale_for(q.shape[-1]) > 0
         call.launch(
             forward_kernel,
-            call.count(queries, tile.rows) * batch * heads,
+            call.grid(queries, tile.rows, call.k, call.v, group=call.group),
             tile,
             (call.q, k_, v_, *into_, *call.segments, call.documents(tile), *call.modifiers),
             (call.q, call.k, call.v, into_.out, into_.lse, *call.segments, call.bias),
-            (call.section(call.k, call.v) * call.group,),
             BIAS=spec.bias is not None,
             RUNS=call.runs,
             PLAIN=plain,
@@ -173,11 +175,10 @@ def run_queries(call: Call, rows: Rows, grads: Grads, into: bool = False, sums: 
     partial = torch.empty(batch, heads, queries if sums else 0, 1, dtype=torch.float32, device=grads.dq.device)
     call.launch(
         queries_kernel,
-        call.count(queries, tile.rows) * batch * heads,
+        call.grid(queries, tile.rows, call.k, call.v, group=call.group),
         tile,
         (call.q, k, v, *rows, _accumulator(grads.dq), partial, *call.segments, call.documents(tile), *call.modifiers),
         (call.q, call.k, call.v, *rows[:2], grads.dq, *call.segments, call.bias),
-        (call.section(call.k, call.v) * call.group,),
         BIAS=call.bias is not None,
         RUNS=call.runs,
         SUMS=sums,
@@ -191,18 +192,17 @@ def run_keys(call: Call, rows: Rows, grads: Grads, into: bool = False, sums: boo
     """Writes dk and dv, or adds to them; returns the gradient of scores summed over queries, where `sums` asks for it."""
     from longtrain.kernels.flash.backward import keys_kernel
 
-    (batch, _, heads, _), (_, keys, kv_heads, _) = call.q.shape, call.k.shape
+    (batch, _, heads, _), keys = call.q.shape, call.k.shape[1]
     tile = call.tile(Pass.KEYS)
     q, dout, tma = call.tiled(tile.rows, q=call.q, dout=rows[0])
     partial = torch.empty(batch, heads, 1, keys if sums else 0, dtype=torch.float32, device=grads.dk.device)
     dk, dv = _accumulator(grads.dk), _accumulator(grads.dv)
     call.launch(
         keys_kernel,
-        call.count(keys, tile.columns) * batch * kv_heads,
+        call.grid(keys, tile.columns, call.q, rows[0]),
         tile,
         (q, call.k, call.v, dout, *rows[1:], dk, dv, partial, *call.segments, call.documents(tile, of_keys=True), *call.modifiers),
         (call.q, call.k, call.v, *rows[:2], dk, dv, *call.segments, call.bias),
-        (call.section(call.q, rows[0]),),
         BIAS=call.bias is not None,
         RUNS=call.runs,
         SUMS=sums,
@@ -220,7 +220,7 @@ def _bias(call: Call, rows: Rows, dbias: Tensor, into: bool) -> None:
     batches, shared = batch // dbias.shape[0], heads // dbias.shape[1]
     call.launch(
         bias_kernel,
-        call.count(queries, tile.rows) * call.count(keys, tile.columns) * dbias.shape[0] * dbias.shape[1],
+        (call.count(queries, tile.rows) * call.count(keys, tile.columns) * dbias.shape[0] * dbias.shape[1],),
         tile,
         (call.q, call.k, call.v, *rows, dbias, *call.segments, *call.modifiers),
         (call.q, call.k, call.v, *rows[:2], dbias, *call.segments, call.bias),
@@ -280,22 +280,28 @@ class Call:
     def count(self, length: int, tile: int) -> int:
         return -(-length // tile)
 
-    def section(self, *walked: Tensor) -> int:
-        """Of how many key heads CACHE bytes hold what their programs walk over; 1 where all programs are equally long."""
-        if self.constants["HAS_LO"] == self.constants["HAS_HI"]:
-            return 1
+    def grid(self, length: int, tile: int, *walked: Tensor, group: int = 1) -> tuple[int, int, int]:
+        """For `place`: heads of a section, tiles, sections. walked: what programs walk over; group: heads with programs a key head.
+
+        A section is as many key heads as CACHE bytes hold what their programs walk over; one where all programs are equally long.
+        Raises KernelError where a sequence has more tiles than a grid can have.
+        """
+        tiles, heads = self.count(length, tile), self.k.shape[0] * self.k.shape[2]
+        if tiles > GRID:
+            raise KernelError(f"attention kernel triton: {length:,} tokens in one block; up to {GRID * tile:,} are possible")
         each = sum(x.shape[1] * x.shape[2] * x.shape[3] * x.element_size() for x in walked) // self.k.shape[2]
-        return max(1, CACHE // each)
+        section = _divisor(heads, CACHE // each if self.constants["HAS_LO"] != self.constants["HAS_HI"] else 1)
+        return section * group, tiles, heads // section
 
     def launch(
-        self, kernel: Any, grid: int, tile: Tile, pointers: tuple[Any, ...], strided: tuple[Tensor | None, ...],
+        self, kernel: Any, grid: tuple[int, ...], tile: Tile, pointers: tuple[Any, ...], strided: tuple[Tensor | None, ...],
         more: tuple[int, ...] = (), **constants: Any,
     ) -> None:  # fmt: skip
         """pointers, then the strides of `strided` as tuples, then the scalars: the order of every kernel's arguments."""
         strides = tuple((0, 0, 0, 0) if x is None else x.stride() for x in strided)
         limit = {"maxnreg": tile.registers} if tile.registers and not self.kernel.interpret else {}
         with _on(self.q):
-            kernel[(grid,)](
+            kernel[grid](
                 *pointers, *strides, *self.scalars, *more, **self.constants, **constants,
                 BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages, **limit,
             )  # fmt: skip
@@ -351,6 +357,13 @@ class Call:
 
 def _on(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@cache
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor up to `most` whose quotient a grid can have; the least such where all are larger."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0 and number // n <= GRID]
+    return max((n for n in divisors if n <= most), default=divisors[0])
 
 
 def _padded(width: int) -> int:
