@@ -1,116 +1,40 @@
-"""Every field of a recipe does something, every member of its enums is run, and the built-in recipes can be planned.
+"""Every field of a recipe does something.
 
 A field is proven by training twice in this process, from recipes that differ in that field alone, and looking at what came of it.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import sys
 import threading
 import types
-import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from longtrain.data.loader import held_out
-from longtrain.errors import CheckpointError, DataError, KernelError, LaunchError, LongtrainError, RecipeError, TrainingError
-from longtrain.evaluate.held_out import held_out_loss
+from longtrain.errors import CheckpointError, DataError, LaunchError, LongtrainError, TrainingError
 from longtrain.kernels.local import LocalAttend
 from longtrain.parallel import launch
 from longtrain.plan import make_plan
 from longtrain.plan.describe import describe
 from longtrain.recipe.explain import FIELDS, dotted, is_section
-from longtrain.recipe.load import builtin_recipes, dump_recipe, load_recipe, parse_recipe, recipe_hash
 from longtrain.recipe.schema import Recipe
 from longtrain.train.assemble import Run, open_data
-from longtrain.train.checkpoint_folder import read_master
 from longtrain.train.experiment import experiment_trackers
 from longtrain.train.guards import check_skips
-from longtrain.train.resume import CHECKPOINTS, choose
 from longtrain.train.rollback import answer_skips
-from longtrain.train.run import run_training
 from longtrain.train.state import Progress
-from longtrain.train.tracking import METRICS_FILE, Trackers, read_metrics
+from longtrain.train.tracking import Trackers
 from longtrain.train.watchdog import Watchdog
 from tests.fake_wandb import FakeWandb
-from tests.user import RECIPE, sit_at_desk
+from tests.recipe_runs import Outcome, outcome, scaled, tiny
 
-# 4 steps, so that schedules can bend
-BASE = ("training.steps=4", "model.heads=4", "model.kv_heads=4", "schedule.kind=cosine")
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What can be seen of a training run, apart from how long it took."""
-
-    steps: int
-    tokens: int
-    losses: tuple[tuple[int, float], ...]
-    held_out: tuple[tuple[int, float], ...]
-    rates: tuple[float, ...]
-    gradients: tuple[float, ...]
-    weights: str
-    checkpoints: tuple[str, ...]
-    folder: str
-    recipe: str
-
-
-def outcome(overrides: tuple[str, ...]) -> Outcome:
-    """Of a run on one rank, as `longtrain train` does it; the current folder is a desk."""
-    return train(dump_recipe(tiny(*overrides)))
-
-
-@functools.cache
-def train(text: str) -> Outcome:
-    recipe = parse_recipe(text, "tiny")
-    plan = make_plan(recipe, 1, "cpu")
-    split, unseen = open_data(plan)
-    start = choose(recipe, split, "auto")
-    try:
-        ctx = launch.start(launch.Launch(), device="cpu")
-        batches = held_out(unseen, recipe.evaluation.sequences, micro_batch_size=1, dp=1, dp_rank=0) if unseen else []
-        progress = run_training(
-            plan, ctx, split, start, until=None, evaluate=lambda run: held_out_loss(run.engine, run.plan, run.ctx, batches)
-        )
-    finally:
-        launch.stop()
-    folder = Path(recipe.run_folder)
-    rows = read_metrics(folder / METRICS_FILE)
-    digest = hashlib.sha256()
-    for name, value in read_master(folder / CHECKPOINTS):
-        digest.update(name.encode() + value.numpy().tobytes())
-    return Outcome(
-        steps=progress.step,
-        tokens=progress.tokens,
-        losses=tuple((row["step"], row["loss"]) for row in rows),
-        held_out=tuple((row["step"], row["eval_loss"]) for row in rows if row["eval_loss"] is not None),
-        rates=tuple(row["lr"] for row in rows),
-        gradients=tuple(row["grad_norm"] for row in rows),
-        weights=digest.hexdigest(),
-        checkpoints=tuple(sorted(path.name for path in (folder / CHECKPOINTS).iterdir())),
-        folder=str(folder),
-        recipe=(folder / "recipe.yaml").read_text(),
-    )
-
-
-def tiny(*overrides: str) -> Recipe:
-    """The desk's recipe, with a run folder of its own unless `output` or `name` is set."""
-    given = {override.split("=")[0] for override in overrides}
-    base = [override for override in BASE if override.split("=")[0] not in given]
-    recipe = parse_recipe(RECIPE.replace("output: run\n", ""), "tiny", [*overrides, *base])
-    if given & {"output", "name"}:
-        return recipe
-    return recipe.model_copy(update={"output": f"runs/{recipe_hash(recipe)}"})
-
+pytest_plugins = ("tests.recipe_desk",)
+pytestmark = pytest.mark.usefixtures("recipe_desk")
 
 Look = Callable[[Outcome], Any]
 
@@ -164,12 +88,6 @@ def missing_data(recipe: Recipe) -> str:
     with pytest.raises(DataError) as refusal:
         open_data(make_plan(recipe, 1, "cpu"))
     return str(refusal.value)
-
-
-def scaled(kind: str, **values: object) -> tuple[str, ...]:
-    """Overrides of model.rope_scaling."""
-    given = {"kind": kind or None, **values}
-    return tuple(f"model.rope_scaling.{name}={value}" for name, value in given.items() if value is not None)
 
 
 # the loss of the third step is above those of the first two
@@ -354,27 +272,6 @@ def held(recipe: Recipe) -> int:
     return bytes_held
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("desk")
-        sit_at_desk(root, patch)
-        patch.setitem(sys.modules, "wandb", FakeWandb())
-        write_data(root / "other", vocab_size=300)
-        write_data(root / "more", tokenizer="data/tokenizer.model")
-        yield
-
-
-def write_data(out: Path, **options: Any) -> None:
-    from longtrain.data.prepare import prepare
-
-    text = out.with_name("text")
-    text.mkdir(exist_ok=True)
-    for number in range(20):
-        (text / f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
-    prepare(str(text), out, held_out=0.2, **options)
-
-
 FIELD_NAMES = [dotted(path) for path in FIELDS if not is_section(path)]
 
 
@@ -392,96 +289,3 @@ def test_field_changes_something(field: str) -> None:
     assert probe.differs(outcome(before)) != probe.differs(outcome(after))
     assert probe.same(outcome(before)) == probe.same(outcome(after))
     assert f"{field.split('.')[-1]}:" in outcome(after).recipe, "the run folder says what was trained"
-
-
-def choices(annotation: Any) -> list[str]:
-    """The values of a field that can be counted: members of an enum, of a Literal, truth values."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return [choice for argument in arguments for choice in choices(argument)]
-    if origin is typing.Literal:
-        return [str(argument) for argument in arguments]
-    if isinstance(annotation, type) and issubclass(annotation, StrEnum):
-        return [member.value for member in annotation]
-    return {bool: ["false", "true"], types.NoneType: ["null"]}.get(annotation, [])
-
-
-MEMBERS = [
-    (name, choice) for path, name in zip(FIELDS, map(dotted, FIELDS), strict=True) for choice in choices(FIELDS[path].annotation)
-]
-MEMBERS += [("zero.stage", str(stage)) for stage in range(4)]
-
-# what else a member needs to be accepted
-WITH = {
-    ("schedule.kind", "wsd"): ("schedule.decay_steps=2",),
-    ("data.path", "null"): ("data.sources={data: 1, more: 3}",),
-    # long enough for some documents to be left
-    ("data.long_documents", "drop"): ("training.sequence_length=128", "training.batch_size=2"),
-    ("model.positions.extend", "interpolate"): ("model.family=opt",),
-    ("model.positions.extend", "random"): ("model.family=opt",),
-    ("model.rope_scaling.kind", "linear"): scaled("", factor=2),
-    ("model.rope_scaling.kind", "dynamic"): scaled("", factor=2, original_length=16),
-    ("model.rope_scaling.kind", "yarn"): scaled("", factor=2, original_length=16),
-    ("model.rope_scaling.kind", "llama3"): scaled("", factor=2, original_length=16),
-    ("model.rope_scaling.kind", "longrope"): scaled(
-        "", factor=2, original_length=16, short_factor="[1.0, 1.0]", long_factor="[1.0, 2.0]"
-    ),
-}
-# null where something else, a preset or imported weights, has to say it
-NOT_ALONE = {f"model.{name}" for name in ("family", "vocab_size", "hidden_size", "layers", "heads", "intermediate_size")}
-# what a CPU cannot train, and can plan for a GPU
-ON_GPU = {
-    ("device", "cuda"): (),
-    ("training.precision", "fp16"): ("device=cuda",),
-    ("attention.kernel", "triton"): ("device=cuda",),
-    ("attention.kernel", "flash"): ("device=cuda", "training.precision=bf16", "model.head_dim=8"),
-}
-
-
-@pytest.mark.parametrize(("field", "value"), MEMBERS, ids=[f"{name}={value}" for name, value in MEMBERS])
-def test_every_member_runs(field: str, value: str) -> None:
-    given = WITH.get((field, value), ())
-    if (field, value) == ("attention.kernel", "cudnn"):
-        with pytest.raises(KernelError, match="cudnn cannot do this: takes no packed documents"):
-            make_plan(tiny("device=cuda", "training.precision=bf16", "model.head_dim=8", f"{field}={value}"), 1, "cuda")
-        return
-    if value == "null" and field in NOT_ALONE:
-        with pytest.raises(RecipeError, match="required key is missing"):
-            tiny(f"{field}=null")
-        return
-    if (field, value) == ("checkpoint.every", "null"):
-        with pytest.raises(CheckpointError, match="no such folder"):  # it trained, and left nothing to read
-            outcome((f"{field}={value}",))
-        return
-    if (field, value) in ON_GPU:
-        plan = make_plan(tiny(*ON_GPU[field, value], f"{field}={value}"), 1, "cuda")
-        assert plan.device == "cuda"
-        return
-    seen = outcome((*given, f"{field}={value}"))
-    assert seen.steps == 4
-    assert all(abs(loss) < 20 for _, loss in seen.losses)
-
-
-@pytest.mark.parametrize("layout", [choice for name, choice in MEMBERS if name == "parallel.layout"])
-def test_layouts_in_a_ring_are_planned(layout: str) -> None:
-    plan = make_plan(tiny("parallel.cp=4", f"parallel.layout={layout}"), 4, "cpu")
-    held_positions = sorted(
-        p
-        for rank in range(4)
-        for c in plan.layout.chunks(32, 4, rank)
-        for p in range(c.start, c.start + c.length * c.stride, c.stride)
-    )
-    assert held_positions == list(range(32))
-
-
-@pytest.mark.parametrize("name", builtin_recipes())
-def test_builtin_recipe(name: str) -> None:
-    recipe = load_recipe(name)
-    assert recipe.name == name, "the run folder is called like the recipe"
-    assert builtin_recipes()[name].read_text().startswith("# "), "`longtrain recipes` shows the first line"
-    assert parse_recipe(dump_recipe(recipe), name) == recipe
-    devices = ("cpu", "cuda") if recipe.device == "auto" else (recipe.device.value,)
-    for device in devices:
-        plan = make_plan(recipe, recipe.smallest_world, device)
-        assert plan.parameters > 0
-        assert json.dumps(plan.deepspeed)

@@ -107,7 +107,7 @@ class AttentionMask:
     q_segments [B, Tq], k_segments [B, Tk]: int32; tokens see each other only where their segments are equal and not PADDING (-1).
     Both are None where every token is of one document. boundaries: as in `Batch`, on the host, only for self attention; with them
     a ring skips exchanges that no document needs, and kernels know that documents are runs. They promise that segments ascend along
-    a row, padding last. Without them nothing is skipped.
+    a row, padding last, which is checked where segments are on a CPU. Without them nothing is skipped.
     """
 
     band: Band
@@ -120,6 +120,13 @@ class AttentionMask:
             raise ValueError("give segments for both queries and keys, or for neither")
         if self.boundaries is not None and (self.q_segments is None or self.q_segments is not self.k_segments):
             raise ValueError("boundaries tell where the documents of self attention lie: give them with one tensor of segments")
+        # on a GPU the answer would have to be waited for
+        if self.boundaries is not None and self.q_segments is not None and self.q_segments.device.type == "cpu":
+            documents = self.q_segments.masked_fill(self.q_segments == PADDING, torch.iinfo(self.q_segments.dtype).max)
+            if (documents[:, 1:] < documents[:, :-1]).any():
+                raise ValueError(
+                    "with boundaries, segments ascend along each row, padding (-1) last; give segments alone for others"
+                )
 
     @staticmethod
     def of(batch: Batch, band: Band) -> AttentionMask:

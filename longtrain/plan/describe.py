@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from longtrain.data.opening import prepare_command
 from longtrain.models.activations import Activations, held_bytes
 from longtrain.models.families import family_of
 from longtrain.models.flops import training_flops
 from longtrain.plan.host import available_memory, describe_checkpoint
 from longtrain.plan.plan import Plan
 from longtrain.plan.ranks import crowded
-from longtrain.recipe.schema import Precision, ScheduleKind
+from longtrain.recipe.guards import GuardsSection, SkipAction, SpikeAction
+from longtrain.recipe.schema import Precision, ScheduleKind, TrainingSection
 from longtrain.recipe.zero import Offload
+
+SLOW = 2e14
+"""FLOP/s that even a slow GPU of these days comes near to."""
+SILENT = 10
+"""Seconds that any step may take."""
 
 
 def describe(plan: Plan, host_memory: int | None = None) -> list[tuple[str, str]]:
@@ -31,7 +39,7 @@ def describe(plan: Plan, host_memory: int | None = None) -> list[tuple[str, str]
     lines = [
         ("recipe", recipe.name),
         ("run folder", recipe.run_folder),
-        ("data", recipe.data.path),
+        *(("data", line) for line in _data(plan)),
         ("ranks", f"{plan.world} on {plan.device}: dp {plan.dp} x {ring}"),
         (
             "model",
@@ -55,6 +63,8 @@ def describe(plan: Plan, host_memory: int | None = None) -> list[tuple[str, str]
         ("precision", f"{training.precision}, ZeRO stage {recipe.zero.stage}, optimizer offload {recipe.zero.offload}"),
         ("model state", f"about {state_bytes(plan) / 2**30:.3g} GiB on each rank (weights, gradients, master weights, moments)"),
         ("activations", f"{mode}: blocks hold about {held * model.layers / 2**30:.3g} GiB on each rank"),
+        *_dropout(plan),
+        *_guards(recipe.guards, training),
         ("checkpoint", describe_checkpoint(plan, available_memory() if host_memory is None else host_memory)),
         ("layers", f"fused: {', '.join(plan.fused)}" if plan.fused else "plain torch"),
         ("attention", attention),
@@ -63,6 +73,43 @@ def describe(plan: Plan, host_memory: int | None = None) -> list[tuple[str, str]
     lines += [(f"  not {name}", reason) for name, reason in plan.kernel.others.items()]
     lines += [("warning", warning) for warning in _warnings(plan)]
     return lines
+
+
+def _data(plan: Plan) -> Iterator[str]:
+    """A line for each folder."""
+    data, total = plan.recipe.data, sum(plan.recipe.data.folders.values())
+    for folder, weight in data.folders.items():
+        share = "" if data.sources is None else f", {weight / total:.3g} of the tokens"
+        command = prepare_command(plan.recipe, folder, plan.model.vocab_size)
+        yield folder + share + ("" if Path(folder).exists() else f" (not there yet; before training: {command})")
+
+
+def _dropout(plan: Plan) -> Iterator[tuple[str, str]]:
+    model = plan.model
+    if model.dropout or model.attention_dropout:
+        yield "dropout", f"{model.dropout:g} of activations, {model.attention_dropout:g} of attention weights"
+
+
+def _guards(guards: GuardsSection, training: TrainingSection) -> Iterator[tuple[str, str]]:
+    """What is not as it is where a recipe says nothing of guards."""
+    usual = GuardsSection()
+    if guards.spike_deviations is None:
+        yield "loss spikes", "not looked for"
+    elif any(getattr(guards, name) != getattr(usual, name) for name in ("spike_deviations", "spike_window", "on_spike")):
+        answer = "skipped" if guards.on_spike is SpikeAction.SKIP else "reported"
+        yield (
+            "loss spikes",
+            f"{answer}, from {guards.spike_deviations:g} deviations above the mean of the last {guards.spike_window:,} steps",
+        )
+    skipped = f"after {training.max_skipped:,} steps in a row without an update"
+    if guards.on_max_skipped is SkipAction.ROLL_BACK:
+        yield "bad steps", f"{skipped} back to the last good checkpoint, {guards.max_roll_backs:,} times at most"
+    elif training.max_skipped != TrainingSection.model_fields["max_skipped"].default:
+        yield "bad steps", f"{skipped} the run stops"
+    if guards.watchdog_seconds is None:
+        yield "watchdog", "none: ranks that are stuck wait for ever"
+    elif guards.watchdog_seconds != usual.watchdog_seconds:
+        yield "watchdog", f"ends the job after {guards.watchdog_seconds:g} seconds without a sign of life"
 
 
 def _sharing(plan: Plan) -> str:
@@ -91,7 +138,8 @@ def _weights(plan: Plan) -> str:
     init = plan.recipe.model.init
     if init is None:
         return f"random, seed {plan.recipe.seed}"
-    return f"from {init}" + ("" if Path(init).exists() else " (not there yet: put a Hugging Face folder there before training)")
+    there = any(Path(init).glob("*.safetensors"))
+    return f"from {init}" + ("" if there else " (not there yet: put a Hugging Face folder with its weights there before training)")
 
 
 def _slow(plan: Plan) -> bool:
@@ -105,6 +153,14 @@ def _warnings(plan: Plan) -> Iterator[str]:
         tokens = recipe.training.micro_batch_size * plan.local_length
         wanted = recipe.parallel.tokens_per_rank
         yield f"each rank holds {tokens:,} tokens, more than parallel.tokens_per_rank {wanted:,}: with more ranks each holds less"
+    passes = training_flops(plan.model, [(0, recipe.training.sequence_length)], recipe.training.sequence_length).causal
+    silent = max(SILENT, math.ceil(passes * recipe.training.micro_batch_size / plan.cp / SLOW))
+    patience = recipe.guards.watchdog_seconds
+    if patience is not None and patience < silent:
+        yield (
+            f"guards.watchdog_seconds {patience:g} may end a run that is not stuck: one micro batch may take {silent:,} seconds; "
+            "set more"
+        )
     if recipe.checkpoint.every is None:
         yield "checkpoint.every is null: no checkpoint is written, and nothing of this run can be resumed or exported"
     if recipe.zero.stage == 1 and dtype is not Precision.FP32 and plan.accumulation > 1:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from longtrain.errors import CheckpointError, PlanError
 from longtrain.models.config import ModelConfig
 from longtrain.models.config_json import CONFIG, read_config
+from longtrain.models.pretrained import open_pretrained
 from longtrain.models.rope import kind_of, make_scaling
 from longtrain.recipe.model import Extend, ModelSection, RopeKind
 from longtrain.recipe.schema import Recipe
@@ -31,6 +32,8 @@ FIXED = (
 FREE = ("rope_theta", "window", "init_std", "rope_scaling")
 OWN = ("dropout", "attention_dropout")
 """What the recipe alone says: it belongs to the training, not to the weights."""
+PICKLED, SAFE = {".bin", ".pt", ".pth", ".ckpt"}, ".safetensors"
+"""How files of weights end."""
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -39,7 +42,7 @@ def resolve(recipe: Recipe) -> Recipe:
 
     Raises:
         PlanError: the recipe contradicts the weights, or leaves something open and the folder is not there.
-        CheckpointError: config.json is damaged or of a model that is not implemented.
+        CheckpointError: config.json is damaged or of a model that is not implemented, or all weights beside it are pickles.
     """
     model = recipe.model
     if model.init is None:
@@ -52,7 +55,9 @@ def resolve(recipe: Recipe) -> Recipe:
                 f"set model.preset or {', '.join(f'model.{name}' for name in model.missing)} to plan without it"
             )
         return recipe
-    stored = _section_values(read_config(folder))
+    config = read_config(folder)
+    _refuse_pickles(folder, config)
+    stored = _section_values(config)
     given = {name: getattr(model, name) for name in model.model_fields_set}
     differing = [name for name in FIXED if given.get(name) is not None and given[name] != stored[name]]
     if differing:
@@ -66,6 +71,13 @@ def resolve(recipe: Recipe) -> Recipe:
         field = ".".join(str(part) for part in ("model", *first["loc"]))
         raise CheckpointError(f"{folder / CONFIG}: no recipe can say this: {field}: {first['msg']}") from None
     return recipe.model_copy(update={"model": completed})
+
+
+def _refuse_pickles(folder: Path, config: ModelConfig) -> None:
+    """As training does. A folder that holds no weights yet can be planned."""
+    kinds = {path.suffix for path in folder.iterdir()}
+    if kinds & PICKLED and SAFE not in kinds:
+        open_pretrained(folder, config)
 
 
 def _section_values(config: ModelConfig) -> dict[str, Any]:

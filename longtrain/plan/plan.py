@@ -66,7 +66,7 @@ class Plan:
 def make_plan(recipe: Recipe, world: int, device: str, host: int | None = None) -> Plan:
     """Resolves `recipe` for `world` ranks on "cpu" or "cuda". host: how many of the ranks are on each machine; None: all of them.
 
-    Reads no more than the config.json of model.init. Raises PlanError where the ranks, the device or the batch do not fit,
+    Of model.init no more than its config.json is read. Raises PlanError where the ranks, the device or the batch do not fit,
     KernelError where no kernel does, CheckpointError where model.init is no model that can be trained; each names the field.
     """
     recipe = resolve(recipe)

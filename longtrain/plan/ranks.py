@@ -36,8 +36,12 @@ def _held(recipe: Recipe) -> int:
 
 
 def _fewest(recipe: Recipe, world: int, host: int) -> int:
-    """What `cp: auto` stands for: the smallest that keeps to tokens_per_rank, or else the largest, of those that divide the ranks
-    and split the batch; if there are such, of those that lie within one machine or fill whole ones."""
+    """What `cp: auto` stands for: the smallest that keeps to tokens_per_rank, or else the largest, of those that divide the ranks,
+    split the batch and keep rings inside hosts.
+
+    The network between hosts is slow: rings fill several only where those of one cannot hold a sequence, or the recipe's dp or
+    ulysses leaves no other way.
+    """
     parallel, training = recipe.parallel, recipe.training
     most = 1 if training.activations is Activations.MINIMAL else world
     found = [
@@ -53,8 +57,28 @@ def _fewest(recipe: Recipe, world: int, host: int) -> int:
             f"training.micro_batch_size {training.micro_batch_size} must divide training.batch_size {training.batch_size}; change "
             "the number of ranks or one of these"
         )
-    found = [cp for cp in found if host % cp == 0 or cp % host == 0] or found
-    return next((cp for cp in found if _held(recipe) <= parallel.tokens_per_rank * cp), found[-1])
+    wide = _held(recipe) > parallel.tokens_per_rank * host or parallel.dp != "auto" or host % parallel.ulysses != 0
+    usable = [cp for cp in found if host % cp == 0 or (wide and cp % host == 0)]
+    if not usable:
+        raise PlanError(_over_the_network(recipe, world, host))
+    return next((cp for cp in usable if _held(recipe) <= parallel.tokens_per_rank * cp), usable[-1])
+
+
+def _over_the_network(recipe: Recipe, world: int, host: int) -> str:
+    """Why rings would reach over hosts of `host` ranks without need, and what to do."""
+    parallel, training = recipe.parallel, recipe.training
+    refused = f"parallel.cp: auto finds none for {world} ranks that keeps rings inside hosts of {host}"
+    if parallel.dp != "auto":
+        return f"{refused}: parallel.dp {parallel.dp} leaves {world // parallel.dp}; set parallel.dp to auto, or parallel.cp itself"
+    inside = [cp for cp in range(parallel.ulysses, host + 1, parallel.ulysses) if host % cp == 0]
+    cp = next((cp for cp in inside if _held(recipe) <= parallel.tokens_per_rank * cp), host)
+    share = world // cp * training.micro_batch_size
+    below = training.batch_size // share * share
+    return (
+        f"{refused}: with cp {cp}, training.batch_size {training.batch_size} is not a multiple of dp {world // cp} x "
+        f"training.micro_batch_size {training.micro_batch_size}; set training.batch_size to {f'{below} or ' if below else ''}"
+        f"{below + share}, or parallel.cp to {world} for one ring over the network"
+    )
 
 
 def _more(recipe: Recipe) -> str:

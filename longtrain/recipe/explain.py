@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from longtrain.recipe.schema import Recipe
+from longtrain.recipe.secret import hidden
 from longtrain.recipe.section import CONFLICT, Section
 from longtrain.recipe.tree import UNREADABLE, Path, Problem, UnreadableError, parse
 
@@ -159,6 +160,8 @@ def found(value: Any) -> str:
         return "a section"
     if isinstance(value, list):
         return f"a list of length {len(value)}"
+    # before it is cut short: half of a key no longer looks like one
+    value = hidden(value) if isinstance(value, str) else value
     shown = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
     if isinstance(value, bool):

@@ -1,7 +1,5 @@
 """Recipes in and out: a YAML file and `--set` overrides to a frozen Recipe, and back to text."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,7 +17,9 @@ from longtrain.recipe.secret import ADVICE, hidden, secrets_in
 
 MAX_BYTES = 1024 * 1024
 EXTENDS = "extends"
-NOT_INHERITED = ("name", "output")
+NOT_INHERITED: tuple[tree.Path, ...] = (("name",), ("output",))
+CORPUS: tree.Path = ("data", "corpus")
+"""What `data.path` is prepared from: not inherited by a recipe that names another path."""
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -97,14 +97,18 @@ class _File:
         """The line of the key, or of the nearest section that the file has."""
         return self.lines[path[: self.depth(path)]]
 
-    def without(self, *keys: str) -> "_File":
-        """The file as if it had none of these top-level keys."""
-        return _File(
-            self.name,
-            {key: value for key, value in self.value.items() if key not in keys},
-            {path: line for path, line in self.lines.items() if path[:1] not in [(key,) for key in keys]},
-            [problem for problem in self.problems if problem.path[:1] not in [(key,) for key in keys]],
-        )
+    def without(self, *gone: tree.Path) -> "_File":
+        """The file as if it had none of these keys."""
+
+        def kept(path: tree.Path) -> bool:
+            return not any(path[: len(key)] == key for key in gone)
+
+        def pruned(section: dict[str, Any], above: tree.Path = ()) -> dict[str, Any]:
+            inner = {key: pruned(value, (*above, key)) if isinstance(value, dict) else value for key, value in section.items()}
+            return {key: value for key, value in inner.items() if kept((*above, key))}
+
+        lines = {path: line for path, line in self.lines.items() if kept(path)}
+        return _File(self.name, pruned(self.value), lines, [problem for problem in self.problems if kept(problem.path)])
 
     def told(self, line: int, problem: tree.Problem) -> str:
         place = f"{dotted(problem.path)}: " if problem.path else ""
@@ -135,7 +139,10 @@ def _with_parent(file: _File) -> list[_File]:
         raise RecipeError(f"{file.name}:{line}: {EXTENDS}: {error}") from None
     if EXTENDS in parent.value:
         raise RecipeError(f"{file.name}:{line}: {EXTENDS}: {parent.name} extends another recipe itself; extend that one directly")
-    return [file.without(EXTENDS), parent.without(*NOT_INHERITED)]
+    mine, theirs = file.value.get("data"), parent.value.get("data")
+    moved = isinstance(mine, dict) and isinstance(theirs, dict) and mine.get("path", theirs.get("path")) != theirs.get("path")
+    gone = (*NOT_INHERITED, CORPUS) if moved else NOT_INHERITED
+    return [file.without((EXTENDS,)), parent.without(*gone)]
 
 
 def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -148,14 +155,9 @@ def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> Iterator[tuple[st
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe."""
+    """The whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe; the same text for two files
+    that say the same, so that its digest stands for the recipe."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=tree.StrictDumper, sort_keys=False, allow_unicode=True, width=2**20)
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256, in hexadecimal, of the recipe with its defaults: equal for two files that say the same."""
-    canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _find(name_or_path: str | Path) -> Path:

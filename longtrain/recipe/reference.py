@@ -10,9 +10,12 @@ HEAD = """\
 # Recipes
 
 A recipe is a YAML file; `recipes/` holds the built-in ones. A key that does not stand here is refused, with the line and what was
-probably meant. `--set section.key=value` overrides one key. `extends: NAME|PATH` at the top takes every key but `name` and `output`
-from one other recipe, a built-in one or a file, and what stands beside it replaces these, key by key. Paths are relative to the
-current directory. This page is generated: `python -m longtrain.recipe.reference > docs/recipes.md`.
+probably meant. `--set section.key=value` overrides one key. Paths are relative to the current directory. This page is generated:
+`python -m longtrain.recipe.reference > docs/recipes.md`.
+
+`extends: NAME|PATH` at the top takes every key but `name` and `output` from one other recipe, a built-in one or a file; what stands
+beside it replaces these, key by key. There is one parent only: a list is refused, and so is a parent that extends a recipe itself.
+A recipe that names another `data.path` does not inherit `data.corpus`, since that is what the parent's path is prepared from.
 """
 TABLE = ["| key | value | default | meaning |", "|---|---|---|---|"]
 

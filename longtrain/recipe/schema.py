@@ -185,8 +185,8 @@ class ParallelSection(Section):
     )
     cp: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
         default=1,
-        description="Ranks that share each sequence (context parallelism); auto: as few as keep to tokens_per_rank, on any number "
-        "of ranks.",
+        description="Ranks that share each sequence (context parallelism); auto: as few as keep to tokens_per_rank, inside one "
+        "host where its ranks can hold a sequence.",
     )
     tokens_per_rank: Int = Field(
         default=16384,

@@ -10,7 +10,8 @@ from longtrain.recipe.tree import Path
 HIDDEN = "***"
 ADVICE = (
     "looks like a password or a key, and a recipe is copied to the run's folder, to checkpoints and to trackers; delete it, and "
-    "give it to the library that needs it in that one's own way (its login, or a variable such as HF_TOKEN or WANDB_API_KEY)"
+    "give it to the library that needs it in that one's own way (its login, or a variable such as HF_TOKEN or WANDB_API_KEY); of "
+    "the hash of a commit, 12 digits are enough"
 )
 
 # each with one group: what is secret
@@ -22,7 +23,13 @@ _LOOKS = tuple(
         # an assignment, as in the query of an address
         r"(?i)(?:api_?key|passw(?:or)?d|secret|token|signature|credentials?)=([^\s&]{8,})",
         # keys that say of themselves what they are
-        r"\b((?:hf_|gh[opsu]_)[A-Za-z0-9]{30,}|github_pat_\w{40,}|glpat-[\w-]{20,}|xox[abps]-[\w-]{20,}|AKIA[0-9A-Z]{16})\b",
+        r"\b((?:hf_|gh[oprsu]_)[A-Za-z0-9]{30,}|github_pat_\w{40,}|glpat-[\w-]{20,}|xox[abps]-[\w-]{20,}|AKIA[0-9A-Z]{16})\b",
+        r"\b(wandb_v\d+_\w{20,}|sk-(?:proj|svcacct|admin|ant)-[\w-]{20,}|sk-[A-Za-z0-9]{40,})",
+        # 40 hexadecimal digits that stand alone are an older key of wandb's; behind a name, `@` or `/` they are a commit
+        r"(?:(?<![^\s'\"\[{(,])|\blocal-|--set [\w.-]+=)([0-9a-fA-F]{40})(?=:?(?:[\s'\"\]}),;]|$))",
+        # a JSON web token (RFC 7519), whole or cut short
+        r"\b(eyJ[\w-]{10,}\.[\w-]{10,}(?:\.[\w-]*)*)",
+        r"(-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(?:(?s:.*?)-----END [A-Z0-9 ]*-----|[\w+/=\s\\]*))",
     )
 )
 

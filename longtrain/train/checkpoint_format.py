@@ -56,7 +56,7 @@ class TrainState(_Strict):
 
     @property
     def recipe_sha256(self) -> str:
-        """Digest by which a caller tells whether it resumes the same recipe."""
+        """Of `recipe`, the text of `dump_recipe`: equal for two recipes that say the same."""
         return hashlib.sha256(self.recipe.encode()).hexdigest()
 
 

@@ -111,3 +111,15 @@ def test_half_descriptions_are_refused() -> None:
     for q, k in ((None, None), (ids, ids.clone())):
         with pytest.raises(ValueError, match="boundaries"):
             AttentionMask(Band.full(), q, k, ((0, 4),))
+
+
+@pytest.mark.parametrize("row", [[0, 1, 0], [-1, 0, 1], [0, -1, 1], [2, 1, -1]])
+def test_boundaries_promise_segments_in_order(row: list[int]) -> None:
+    ids = torch.tensor([[0, 0, 1], row], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"segments ascend along each row, padding \(-1\) last"):
+        AttentionMask(Band.full(), ids, ids, ((0, 2, 3), (0, 3)))
+    assert AttentionMask(Band.full(), ids, ids).boundaries is None
+    elsewhere = ids.to("meta")  # a device that cannot be asked, as a GPU should not be
+    assert AttentionMask(Band.full(), elsewhere, elsewhere, ((0, 2, 3), (0, 3))).boundaries
+    padding = torch.tensor([[0, 3, -1], [-1, -1, -1]], dtype=torch.int32)
+    assert AttentionMask(Band.full(), padding, padding, ((0, 1, 2), (0,))).boundaries

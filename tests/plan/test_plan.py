@@ -9,33 +9,18 @@ import torch
 
 from longtrain.attention.reference import ReferenceKernel
 from longtrain.errors import KernelError, PlanError
-from longtrain.plan import Plan, make_plan
-from longtrain.plan.describe import describe, state_bytes
+from longtrain.plan import make_plan
+from longtrain.plan.describe import state_bytes
 from longtrain.plan.plan import model_config
 from longtrain.plan.speed import peak_flops
-from longtrain.recipe.load import builtin_recipes, load_recipe, parse_recipe
+from longtrain.recipe.load import builtin_recipes, load_recipe
 from longtrain.recipe.schema import Recipe
-
-TEXT = """
-name: small
-model: {family: llama, vocab_size: 50, hidden_size: 24, layers: 2, heads: 4, kv_heads: 2, intermediate_size: 40}
-data: {path: data}
-training: {sequence_length: 64, steps: 10, batch_size: 12, precision: fp32, activations: none}
-optimizer: {lr: 0.01}
-"""
-
-
-def small(*overrides: str) -> Recipe:
-    return parse_recipe(TEXT, "small", overrides)
+from tests.plan_cases import small, words
 
 
 def llama_7b(batch_size: int, *overrides: str) -> Recipe:
     """Without a ring."""
     return load_recipe("llama-7b-32k", ("parallel.cp=1", f"training.batch_size={batch_size}", *overrides))
-
-
-def words(plan: Plan) -> dict[str, str]:
-    return {what.strip(): value for what, value in describe(plan)}
 
 
 @pytest.mark.parametrize(
@@ -172,56 +157,6 @@ def test_state_bytes(overrides: list[str], world: int, batch_size: int, bytes_a_
     assert state_bytes(plan) == pytest.approx(plan.parameters * bytes_a_parameter)
 
 
-@pytest.mark.parametrize("name", [name for name in builtin_recipes() if name != "quickstart"])
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 6, 7, 8, 12, 24])
-def test_builtin_recipes_fit_any_number_of_gpus(name: str, world: int) -> None:
-    recipe = load_recipe(name)
-    plan = make_plan(recipe, world, "cuda", min(world, 8) if world % 8 == 0 else None)
-    assert plan.dp * plan.cp == world
-    assert plan.dp * plan.accumulation * recipe.training.micro_batch_size == recipe.training.batch_size
-    held, wanted = recipe.training.micro_batch_size * plan.local_length, recipe.parallel.tokens_per_rank
-    crowded = "parallel.tokens_per_rank" in words(plan).get("warning", "")
-    # a layout may pad a little
-    assert crowded == (held > wanted + 2 * plan.cp * recipe.training.micro_batch_size)
-    assert not crowded or plan.cp == world
-
-
-@pytest.mark.parametrize(
-    ("overrides", "world", "host", "cp"),
-    [
-        ([], 4, 4, 1),
-        (["parallel.tokens_per_rank=16"], 4, 4, 4),
-        (["parallel.tokens_per_rank=22"], 6, 6, 3),  # over two ranks 32 tokens
-        (["parallel.tokens_per_rank=31"], 12, 6, 3),
-        (["parallel.tokens_per_rank=20"], 12, 6, 6),  # four ranks do not divide a host of six
-        (["parallel.tokens_per_rank=20"], 12, 12, 4),
-        (["parallel.tokens_per_rank=8"], 16, 8, 8),
-        (["parallel.tokens_per_rank=7"], 16, 8, 16),
-        (["parallel.tokens_per_rank=32", "parallel.dp=2"], 8, 8, 4),
-        (["parallel.tokens_per_rank=32", "parallel.ulysses=2"], 4, 4, 2),
-        (["training.micro_batch_size=4"], 8, 8, 8),  # a batch of 12 is three forward passes, on one data-parallel group or on three
-        (["training.activations=minimal", "parallel.tokens_per_rank=1"], 2, 2, 1),
-    ],
-)
-def test_cp_auto_takes_the_fewest_ranks(overrides: list[str], world: int, host: int, cp: int) -> None:
-    plan = make_plan(small("parallel.cp=auto", *overrides), world, "cpu", host)
-    assert (plan.cp, plan.dp) == (cp, world // cp)
-    assert words(make_plan(plan.recipe, world, "cpu", host))["ranks"] == words(plan)["ranks"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "world", "message"),
-    [
-        (["parallel.ulysses=2"], 3, "auto finds none for 3 ranks: it must divide them, be a multiple of parallel.ulysses 2, and"),
-        (["parallel.dp=2"], 3, "leave parallel.dp 2"),
-        (["training.activations=minimal"], 5, "be 1 with training.activations minimal"),
-    ],
-)
-def test_cp_auto_refuses(overrides: list[str], world: int, message: str) -> None:
-    with pytest.raises(PlanError, match=message):
-        make_plan(small("parallel.cp=auto", *overrides), world, "cpu")
-
-
 def test_keys_of_deepspeed_are_laid_over_the_generated_ones() -> None:
     raw = "zero.deepspeed={wall_clock_breakdown: true, zero_optimization: {reduce_bucket_size: 1000, overlap_comm: false}}"
     plain, made = make_plan(small(), 1, "cpu").deepspeed, make_plan(small(raw), 1, "cpu").deepspeed
@@ -238,7 +173,7 @@ def test_describe() -> None:
     assert said["step"] == "32 sequences = 1,048,544 tokens: 4 dp x 1 a forward x 8 accumulated"
     assert said["steps"] == "20,000 = 20,970,880,000 tokens"
     assert said["model FLOPs"] == "4.79e+16 a step (the whole square: 9.56e+16), where each sequence is one document"
-    assert said["learning rate"] == "cosine, peak 0.0003, after 1,000 steps of warmup, down to 3e-05"
+    assert said["learning rate"] == "cosine, peak 0.00015, after 2,000 steps of warmup, down to 1.5e-05"
     assert said["precision"] == "bf16, ZeRO stage 3, optimizer offload none"
     assert said["attention"] == "causal, window 4096"
     assert said["kernel"]
@@ -277,18 +212,6 @@ def test_builtin_recipes_plan_without_warning() -> None:
 )
 def test_learning_rate_in_words(overrides: list[str], line: str) -> None:
     assert words(make_plan(small(*overrides), 1, "cpu"))["learning rate"] == line
-
-
-def test_smallest_world() -> None:
-    assert small().smallest_world == 1
-    assert small("parallel.cp=3").smallest_world == 3
-    assert small("parallel.dp=4", "parallel.cp=3").smallest_world == 12
-    assert small("parallel.cp=auto").smallest_world == 1
-    assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.dp=2").smallest_world == 8
-    assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.ulysses=3").smallest_world == 6
-    for name in builtin_recipes():
-        recipe = load_recipe(name)
-        make_plan(recipe, recipe.smallest_world, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from longtrain.kernels.layers import FUSABLE
 from longtrain.models.config import ModelConfig
 from longtrain.models.config_json import config_json
 from longtrain.models.families import parameter_count
+from longtrain.models.pretrained import open_pretrained
 from longtrain.models.rope import Dynamic, Linear, Llama3, Yarn
 from longtrain.plan import make_plan, plan
 from longtrain.plan.describe import describe
@@ -147,6 +148,18 @@ class TestInit:
         (tmp_path / "config.json").write_text("{")
         with pytest.raises(CheckpointError, match=r"config.json: cannot be read as JSON"):
             make_plan(recipe(f"model.init={tmp_path}"), 1, "cpu")
+
+    def test_weights_that_are_pickles_are_refused_as_in_training(self, tmp_path: Path) -> None:
+        chosen = recipe(f"model.init={folder(tmp_path, LLAMA)}")
+        assert dict(describe(make_plan(chosen, 1, "cpu")))["weights"].startswith(f"from {tmp_path} (not there yet")
+        (tmp_path / "pytorch_model.bin").write_bytes(b"")
+        with pytest.raises(CheckpointError, match=r"holds pytorch_model.bin, a pickle, .*convert_checkpoint.py") as said:
+            make_plan(chosen, 1, "cpu")
+        with pytest.raises(CheckpointError) as trained:
+            open_pretrained(tmp_path, LLAMA)
+        assert str(said.value) == str(trained.value)
+        (tmp_path / "model.safetensors").write_bytes(b"")  # read by training alone
+        assert dict(describe(make_plan(chosen, 1, "cpu")))["weights"] == f"from {tmp_path}"
 
     def test_learned_positions_end(self, tmp_path: Path) -> None:
         init = f"model.init={folder(tmp_path, OPT)}"

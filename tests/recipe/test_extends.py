@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from longtrain.data.opening import prepare_command
 from longtrain.errors import RecipeError
 from longtrain.recipe.load import dump_recipe, load_recipe
 from tests.recipe.bad_recipes import BASE
@@ -42,6 +43,27 @@ def test_sections_are_replaced_key_by_key(family: Path) -> None:
     assert (child.optimizer, child.schedule, child.data) == (parent.optimizer, parent.schedule, parent.data)
     assert load_recipe(family, ["training.steps=60", "name=other"]).training.steps == 60
     assert "extends" not in dump_recipe(child)
+
+
+@pytest.mark.parametrize(
+    ("data", "corpus"),
+    [
+        ("{path: mine}", None),
+        ("{path: mine, corpus: hf:me/mine}", "hf:me/mine"),
+        ("{path: null, sources: {mine: 1}}", None),
+        ("{path: data/tiny}", "hf:some/text"),
+        ("{long_documents: drop}", "hf:some/text"),
+    ],
+)
+def test_the_corpus_goes_with_its_path(family: Path, data: str, corpus: str | None) -> None:
+    """Else the command that is advised where data is missing would prepare the parent's text as the child's."""
+    parent = BASE.replace("path: data/tiny", "path: data/tiny\n  corpus: hf:some/text\n  tokenizer: hf:some/tokenizer")
+    Path("parent.yaml").write_text(parent)
+    family.write_text(f"{CHILD}data: {data}\n")
+    child = load_recipe(family)
+    assert (child.data.corpus, child.data.tokenizer) == (corpus, "hf:some/tokenizer")
+    advised = prepare_command(child, next(iter(child.data.folders)), None)
+    assert f"--source {corpus or 'SOURCE'} --tokenizer hf:some/tokenizer --out " in advised
 
 
 def test_a_built_in_recipe_is_extended_by_its_name(write) -> None:
