@@ -10,40 +10,50 @@ from typing import Annotated
 
 import typer
 
-from longtrain.errors import CheckpointError, LongtrainError
+from longtrain.cli.options import DataOption, NewFolderOption, group
+from longtrain.cli.refusals import refusals
+from longtrain.cli.terminal import outlive_readers, say, warn
+from longtrain.errors import CheckpointError
 
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A Hugging Face folder of pickled weights, one of DeepSpeed's, a run's or a checkpoint's.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A Hugging Face folder of pickled weights, one of DeepSpeed's, a run's or a checkpoint's."
+        ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The Hugging Face folder to write; it must not exist.")],
+    out: NewFolderOption,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="The Hugging Face folder of the model, where DeepSpeed's has no config.json."),
     ] = None,
-    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help="The prepared data of a run, if it moved.")] = None,
+    data: DataOption = None,
 ) -> None:
     """Writes a Hugging Face folder of safetensors."""
-    try:
+    with refusals():
         from longtrain.models.convert import from_deepspeed, to_safetensors
         from longtrain.models.deepspeed_folder import is_deepspeed
 
-        if is_deepspeed(source):
-            from_deepspeed(source, out, config)
-        elif config is not None:
+        theirs, pickled = is_deepspeed(source), (source / "config.json").is_file()
+        if config is not None and not theirs:
             raise CheckpointError(f"--config goes with a folder that DeepSpeed wrote, and {source} is none; leave it out")
-        elif (source / "config.json").is_file():
+        if data is not None and (theirs or pickled):
+            raise CheckpointError(f"--data goes with a run or one checkpoint of it, and {source} is none; leave it out")
+        came_from = ""
+        if theirs:
+            from_deepspeed(source, out, config)
+        elif pickled:
             to_safetensors(source, out)
         else:
             from longtrain.train.export import export_checkpoint
 
-            export_checkpoint(source, out, data=data)
-    except LongtrainError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    typer.echo(f"wrote {out}")
+            came_from = f" from {export_checkpoint(source, out, data=data, warn=warn)}"
+        say(f"wrote {out}{came_from}")
 
 
 if __name__ == "__main__":
-    typer.run(convert)
+    outlive_readers()
+    app = group()
+    app.command()(convert)
+    app()

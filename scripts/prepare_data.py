@@ -2,6 +2,6 @@
 
 if __name__ == "__main__":
     # here, because worker processes import this file and need none of it
-    from longtrain.data.command import main
+    from longtrain.cli.prepare import main
 
     main()

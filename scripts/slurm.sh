@@ -6,7 +6,7 @@
 #
 # What follows the script's name goes to scripts/train.py. Before paying for the nodes:
 #
-#   longtrain train --recipe llama-7b-128k --dry-run --ranks 16        and on one node        srun --gpus 8 longtrain doctor
+#   longtrain plan llama-7b-128k --set device=cuda --ranks 16          and on one node        srun --gpus 8 longtrain doctor
 #
 # parallel.cp should divide the GPUs of a node: rings then stay inside it. Five minutes before the end Slurm asks the run to save. After
 # a preemption or a time limit the same command goes on from the newest checkpoint; after a preemption Slurm gives it itself.

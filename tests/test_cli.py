@@ -16,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import longtrain.data.command
+import longtrain.cli.prepare
 from longtrain.data.prepare import prepare
 from longtrain.recipe.load import builtin_recipes, load_recipe
 from longtrain.train.checkpoint_folder import verify
@@ -48,14 +48,13 @@ def test_trained_run_is_complete() -> None:
 
 
 @pytest.mark.usefixtures("trained")
-def test_finished_run_started_again_changes_nothing_learnt() -> None:
-    before = snapshot()
+def test_finished_run_started_again_changes_nothing() -> None:
+    before, times = snapshot(), {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
     said = train()
     assert said.code == 0
     assert f"run is at step {STEPS} already; to train on, raise training.steps, now {STEPS}" in said.text
-    after = snapshot()
-    assert {name for name in before if before[name] != after.get(name)} <= {"run/loss.png"}
-    assert after.keys() == before.keys()
+    assert snapshot() == before
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == times
 
 
 @pytest.mark.usefixtures("trained")
@@ -67,14 +66,18 @@ def test_longer_run_resumes_and_keeps_the_older_export() -> None:
     assert "training.steps: 3 -> 4" in said.text
     assert "step 4/4" in said.text
     assert "step 3/4" not in said.text
-    assert "Hugging Face checkpoint: run/huggingface-step-00000004" in said.text
+    kept = "(run/huggingface is of an earlier end of this run, and stays as it is)"
+    assert f"Hugging Face checkpoint: run/huggingface-step-00000004 {kept}" in said.text
     assert snapshot(Path("run/huggingface")) == before
     assert "huggingface-step-00000004" in command("report", "run", "--tokens", "0").text
 
 
 @pytest.mark.usefixtures("fresh")
 def test_until_stops_with_a_checkpoint_and_the_report_says_how_to_go_on() -> None:
-    assert train("--until", "1").code == 0
+    said = train("--until", "1")
+    assert said.code == 0
+    assert "stopped at step 1, as asked; the command without --until goes on from there" in said.text
+    assert "as asked" not in train("--until", "1").text
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step-00000001"]
     assert not Path("run/huggingface").exists()
     said = command("report", "run", "--tokens", "2")
@@ -112,7 +115,7 @@ def test_report_stands_without_a_sample(gone: str) -> None:
 @pytest.mark.usefixtures("trained")
 def test_moved_data_is_found_with_an_option() -> None:
     Path("data").rename("elsewhere")
-    assert command("export", "run", "--out", "out", "--data", "elsewhere").text == "wrote out\n"
+    assert command("export", "run", "--out", "out", "--data", "elsewhere").text == f"wrote out from {CHECKPOINT}\n"
     assert "sample:" in command("report", "run", "--tokens", "1", "--data", "elsewhere").text
 
 
@@ -147,7 +150,7 @@ def test_a_mixture_is_trained_and_exported_with_any_of_its_folders() -> None:
     Path("more").rename("moved")
     assert "data: the data of" in command("export", "run", "--out", "out").text
     assert "other: was not prepared with the tokenizer of" in command("export", "run", "--out", "out", "--data", "other").text
-    assert command("export", "run", "--out", "out", "--data", "moved").text == "wrote out\n"
+    assert command("export", "run", "--out", "out", "--data", "moved").text == f"wrote out from {CHECKPOINT}\n"
 
 
 def test_recipes_lists_every_recipe() -> None:
@@ -182,9 +185,9 @@ def test_missing_data_comes_with_the_command_that_prepares_it(name: str, tmp_pat
         given.update(options, source=source, out=out)
         raise typer.Exit
 
-    monkeypatch.setattr(longtrain.data.command, "prepare", record)
+    monkeypatch.setattr(longtrain.cli.prepare, "prepare", record)
     app = typer.Typer()
-    app.command()(longtrain.data.command.command)
+    app.command()(longtrain.cli.prepare.prepare_data)
     assert CliRunner().invoke(app, arguments).exit_code == 0
     recipe = load_recipe(name)
     assert (given["source"], str(given["out"])) == ([recipe.data.corpus], recipe.data.path)
@@ -231,18 +234,20 @@ def test_interrupt_says_where_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_script_and_the_command_are_the_same() -> None:
     arguments = ("--recipe", "recipe.yaml", "--dry-run", "--ranks", "2")
     script = process(sys.executable, SCRIPT, *arguments)
-    installed = process(sys.executable, "-c", "from longtrain.cli import main; main()", "train", *arguments)
-    assert script.returncode == installed.returncode == 0, script.stderr + installed.stderr
-    assert script.stdout == installed.stdout
-    assert script.stderr == installed.stderr == ""
+    for words in (("train", *arguments), ("plan", "recipe.yaml", "--ranks", "2")):
+        installed = process(sys.executable, "-c", "from longtrain.cli import main; main()", *words)
+        assert script.returncode == installed.returncode == 0, script.stderr + installed.stderr
+        assert script.stdout == installed.stdout
+        assert script.stderr == installed.stderr == ""
 
 
-def test_help_imports_no_torch() -> None:
+@pytest.mark.parametrize(("words", "exit_code"), [(["--help"], 0), (["recipes", "check", "nowhere.yaml"], 2)])
+def test_what_needs_no_torch_does_not_import_it(words: list[str], exit_code: int) -> None:
     code = (
         "import sys, longtrain.cli\n"
-        "sys.argv = ['longtrain', '--help']\n"
+        f"sys.argv = {['longtrain', *words]}\n"
         "try: longtrain.cli.main()\n"
-        "except SystemExit as end: assert not end.code\n"
+        f"except SystemExit as end: assert (end.code or 0) == {exit_code}\n"
         "assert not {'torch', 'deepspeed', 'matplotlib', 'numpy'} & set(sys.modules)\n"
     )
     done = process(sys.executable, "-c", code)

@@ -241,6 +241,7 @@ TOOL_REFUSALS = {
     "unknown recipe": Refusal(
         ("no built-in recipe 'lama-7b-32k'; did you mean 'llama-7b-32k'?",), ("train", "--recipe", "lama-7b-32k")
     ),
+    "plan of an unknown recipe": Refusal(("no built-in recipe 'lama'",), ("plan", "lama")),
     "export without out": Refusal(("--out",), ("export", "run")),
     "export of nothing": Refusal(("nowhere: no such folder",), ("export", "nowhere", "--out", "out")),
     "export of no checkpoints": Refusal(
@@ -258,7 +259,9 @@ TOOL_REFUSALS = {
         ("tokenizer.model: this tokenizer differs",), ("export", "run", "--out", "out"), flip("data/tokenizer.model")
     ),
     "export of flipped bit": Refusal(
-        ("rank-00000.safetensors: SHA-256",), ("export", "run", "--out", "out"), flip(CHECKPOINT / "rank-00000.safetensors")
+        ("is damaged:\n", "rank-00000.safetensors: SHA-256"),
+        ("export", str(CHECKPOINT), "--out", "out"),
+        flip(CHECKPOINT / "rank-00000.safetensors"),
     ),
     "report of nothing": Refusal(("nowhere/metrics.jsonl: no reports there",), ("report", "nowhere")),
     "report of an untrained run": Refusal(

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from longtrain.cli.options import DataOption, group
+from longtrain.cli.options import DataOption, NewFolderOption, RunArgument, group
 from longtrain.cli.refusals import refusals
-from longtrain.cli.terminal import say, table_console
+from longtrain.cli.terminal import say, table_console, warn
 from longtrain.errors import CheckpointError
 from longtrain.recipe.schema import Precision
 
@@ -18,72 +18,81 @@ checkpoints = group("Lists, checks, exports, imports and prunes checkpoints.")
 
 @checkpoints.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="The run's folder, or one checkpoint's.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The Hugging Face folder to write; it must not exist.")],
+    run: RunArgument,
+    out: NewFolderOption,
     dtype: Annotated[
         Precision | None, typer.Option(help="Number format of the weights; by default what the run trained in.")
     ] = None,
     data: DataOption = None,
 ) -> None:
-    """Writes a checkpoint as a Hugging Face folder. Needs no GPU."""
+    """Writes a checkpoint as a Hugging Face folder. Of a run the newest sound one; damaged ones are passed over, and named. Needs
+    no GPU."""
     with refusals():
         from longtrain.train.export import export_checkpoint
 
-        say(f"wrote {export_checkpoint(run, out, dtype, data=data)}")
+        checkpoint = export_checkpoint(run, out, dtype, data=data, warn=warn)
+        say(f"wrote {out} from {checkpoint}")
 
 
 @checkpoints.command("import")
 def import_deepspeed(
-    folder: Annotated[Path, typer.Argument(help="What DeepSpeed's save_checkpoint wrote, or one step of it.")],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The Hugging Face folder to write; it must not exist.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What DeepSpeed's save_checkpoint wrote, or one step of it.")],
+    out: NewFolderOption,
     config: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The Hugging Face folder of the model, where that has no config.json.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The Hugging Face folder of the model, where DeepSpeed's has no config.json."),
     ] = None,
 ) -> None:
-    """Writes the fp32 weights of a checkpoint of DeepSpeed's as a Hugging Face folder, for model.init. Executes nothing of it."""
+    """Takes the weights of DeepSpeed's checkpoint. Writes its fp32 master weights as a Hugging Face folder, for model.init.
+    Executes nothing of it."""
     with refusals():
         from longtrain.models.convert import from_deepspeed
+        from longtrain.train.checkpoint_commands import is_ours
 
+        if is_ours(folder):
+            raise CheckpointError(
+                f"{folder}: is longtrain's own, which training goes on from as it is (--resume); for a Hugging Face folder of it: "
+                f"longtrain export {folder} --out {out}"
+            )
         say(f"wrote {from_deepspeed(folder, out, config)}")
 
 
 @checkpoints.command("ls")
 def list_checkpoints(
-    run: Annotated[Path, typer.Argument(help="The run's folder, or one checkpoint's.")],
+    run: RunArgument,
     check: Annotated[bool, typer.Option("--verify", help="Read every byte; else only torn files are found.")] = False,
 ) -> None:
-    """Lists the checkpoints of a run: step, tokens, loss, size, ranks, and whether they are sound."""
+    """Lists the checkpoints of a run. Step, tokens, loss, size, ranks, and whether they are sound; exit code 2 where one is
+    damaged, and the files are named."""
     with refusals():
-        from longtrain.train.checkpoint_commands import examine, find, table
+        from longtrain.train.checkpoint_commands import examine, find, refuse_damage, table
 
         entries = [examine(path, content=check) for path in find(run)]
         table_console().print(table(entries, verified=check))
-        for reason in (reason for entry in entries for reason in entry.damage):
-            say(reason)
+        refuse_damage([reason for entry in entries for reason in entry.damage])
 
 
 @checkpoints.command("verify")
-def verify_checkpoints(run: Annotated[Path, typer.Argument(help="The run's folder, or one checkpoint's.")]) -> None:
-    """Reads every byte of a checkpoint, or of all of a run. Exit code 2 where one is damaged; the files are named."""
+def verify_checkpoints(run: RunArgument) -> None:
+    """Reads every byte of a checkpoint. Or of all of a run; exit code 2 where one is damaged, and the files are named."""
     with refusals():
-        from longtrain.train.checkpoint_commands import examine, find
+        from longtrain.train.checkpoint_commands import examine, find, refuse_damage
 
         problems: list[str] = []
         for path in find(run):
             found = examine(path, content=True).damage
             say(f"{path}: {'DAMAGED' if found else 'verified'}")
             problems += found
-        if problems:
-            raise CheckpointError("\n".join(problems))
+        refuse_damage(problems)
 
 
 @checkpoints.command("prune")
 def prune_checkpoints(
-    run: Annotated[Path, typer.Argument(help="The run's folder.")],
-    keep: Annotated[int, typer.Option(min=1, metavar="N", help="Number of newest verified checkpoints to keep.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")],
+    keep: Annotated[int, typer.Option(min=1, metavar="N", help="Number of newest sound checkpoints to keep.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
 ) -> None:
-    """Deletes all but the newest verified checkpoints of a run; never the only good one."""
+    """Deletes all but the newest checkpoints. Those of which every byte is right count; the only good one always stays."""
     with refusals():
         from longtrain.train.checkpoint_commands import prune
 

@@ -11,8 +11,8 @@ from longtrain.cli.refusals import refusals
 from longtrain.cli.terminal import say
 
 
-def check_data(folder: Annotated[Path, typer.Argument(help="A prepared data folder.")]) -> None:
-    """Reads every byte of a prepared data folder and compares it with what was written."""
+def check_data(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A prepared data folder.")]) -> None:
+    """Checks prepared data. Reads every byte and compares it with what was written."""
     with refusals():
         from longtrain.data.packed import PackedSplit
         from longtrain.train.assemble import HELD_OUT, TRAIN

@@ -7,11 +7,16 @@ from typing import Annotated
 
 import typer
 
-RecipeOption = Annotated[
-    str, typer.Option("--recipe", metavar="NAME|PATH", help="A built-in recipe's name, or the path of a YAML file.")
-]
+_RECIPE = "A built-in recipe's name, or the path of a YAML file."
+
+RecipeOption = Annotated[str, typer.Option("--recipe", metavar="NAME|PATH", help=_RECIPE)]
+RecipeArgument = Annotated[str, typer.Argument(metavar="NAME|PATH", help=_RECIPE)]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key, e.g. optimizer.lr=1e-4; repeatable.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, or one checkpoint's.")]
+NewFolderOption = Annotated[
+    Path, typer.Option("--out", metavar="FOLDER", help="The Hugging Face folder to write; it must not exist.")
 ]
 DataOption = Annotated[
     Path | None,
@@ -21,7 +26,7 @@ DataOption = Annotated[
 
 def group(help_text: str | None = None, *, bare: bool = False) -> typer.Typer:
     """Commands under one name. bare: the name alone is a command too, else it prints the help."""
-    # plain help: boxes do not survive a pipe
+    # plain help: boxes do not survive a pipe, and rich would take [default: 2] for a style
     return typer.Typer(
         help=help_text,
         no_args_is_help=not bare,

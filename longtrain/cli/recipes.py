@@ -7,20 +7,18 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from longtrain.cli.options import SetOption, group
+from longtrain.cli.options import RecipeArgument, SetOption, group
 from longtrain.cli.refusals import refusals
 from longtrain.cli.terminal import say, table_console
 from longtrain.errors import RecipeError
 from longtrain.recipe.load import builtin_recipes, dump_recipe, load_recipe
 
-recipes = group("Lists, prints and checks recipes; without a command it lists the built-in ones.", bare=True)
-
-RecipeArgument = Annotated[str, typer.Argument(metavar="NAME|PATH", help="A built-in recipe's name, or the path of a YAML file.")]
+recipes = group("Lists, prints and checks recipes. Without a command it lists the built-in ones.", bare=True)
 
 
 @recipes.callback()
 def list_by_default(context: typer.Context) -> None:
-    """Lists, prints and checks recipes; without a command it lists the built-in ones."""
+    """Lists, prints and checks recipes. Without a command it lists the built-in ones."""
     if context.invoked_subcommand is None:
         list_recipes()
 
@@ -39,17 +37,18 @@ def list_recipes() -> None:
 
 @recipes.command("show")
 def show_recipe(recipe: RecipeArgument, overrides: SetOption = None) -> None:
-    """Prints a recipe as training would read it: with what it extends, overrides and every default; a recipe in itself."""
+    """Prints a recipe as training would read it. With what it extends, overrides and every default; a recipe in itself."""
     with refusals():
         say(dump_recipe(load_recipe(recipe, overrides or [])).rstrip("\n"))
 
 
 @recipes.command("check")
 def check_recipes(
-    recipes: Annotated[list[str], typer.Argument(metavar="NAME|PATH...", help="Built-in recipes' names, or paths of YAML files.")],
+    recipes: Annotated[list[str], typer.Argument(metavar="NAME|PATH", help="Built-in recipes' names, or paths of YAML files.")],
     overrides: SetOption = None,
 ) -> None:
-    """Reads recipes and says what is wrong with each. Exit code 2 where one is refused. `train --dry-run` plans it too."""
+    """Reads recipes and says what is wrong with each. Exit code 2 where one is refused. `longtrain plan` says
+    what one comes to."""
     with refusals():
         problems: list[str] = []
         for name in recipes:

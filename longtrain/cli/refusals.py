@@ -24,14 +24,15 @@ _LOST_PEER = ("onnection closed by peer", "Connection reset by peer", "remote pr
 
 
 @contextmanager
-def refusals() -> Iterator[None]:
-    """Turns a refusal into its message and exit code 2, Ctrl-C into exit code 130."""
+def refusals(*, ranks: bool = False) -> Iterator[None]:
+    """Turns a refusal into its message and exit code 2, Ctrl-C into exit code 130. ranks: torchrun may have started several of
+    this process, of which the first that refuses speaks for all."""
     try:
         yield
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except Exception as error:
-        message, number = _refusal(error), rank()
+        message, number = _refusal(error), rank() if ranks else 0
         if number:
             # where all ranks refuse alike, or this one only lost its peers: rank 0 says why, and torchrun ends this one meanwhile
             time.sleep(PATIENCE)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from longtrain.cli.options import DataOption
 from longtrain.cli.refusals import refusals
-from longtrain.cli.terminal import say, say_lines
+from longtrain.cli.terminal import say, say_lines, warn
 from longtrain.errors import CheckpointError, DataError, PlanError
 from longtrain.recipe.load import load_recipe
 
@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="The run's folder, e.g. runs/quickstart.")],
-    prompt: Annotated[str, typer.Option(help="Text that the sample continues.")] = "def ",
-    tokens: Annotated[int, typer.Option(min=0, help="Length of the sample; 0: none.")] = 96,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.6,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, e.g. runs/quickstart.")],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text that the sample continues.")] = "def ",
+    tokens: Annotated[int, typer.Option(min=0, metavar="N", help="Length of the sample; 0: none.")] = 96,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="T", help="How freely the sample is drawn; 0 takes the most likely token.")
+    ] = 0.6,
     data: DataOption = None,
 ) -> None:
-    """Sums up a run: losses, speed, plot, a sample of generated text."""
+    """Sums up a run. Losses, speed, plot, a sample of generated text, and the command that goes on."""
     with refusals():
         if math.isnan(temperature):
             raise PlanError("--temperature nan: give a number of at least 0")
@@ -65,7 +67,7 @@ def _sample(folder: Path, data: Path | None, prompt: str, tokens: int, temperatu
     from longtrain.train.export import load_trained
 
     try:
-        trained = load_trained(folder, data=data)
+        trained = load_trained(folder, data=data, warn=warn)
     except (CheckpointError, DataError) as error:
         say(f"\nno sample: {error}")
         return

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from longtrain.cli.options import RecipeOption, SetOption
+from longtrain.cli.plan import say_plan
 from longtrain.cli.refusals import refusals
-from longtrain.cli.terminal import rank, say, say_aside, say_lines
+from longtrain.cli.terminal import outlive_readers, rank, say, say_aside, warn
 from longtrain.errors import PlanError
 from longtrain.recipe.load import load_recipe
-from longtrain.recipe.schema import Device, Recipe
+from longtrain.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from longtrain.data.mixture import Split
@@ -39,7 +40,9 @@ def train(
     force_resume: Annotated[
         bool, typer.Option("--force-resume", help="Go on from a checkpoint of another recipe or other data, and say what differs.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop. Needs no GPU and no data.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop, as `longtrain plan` does. Needs no GPU and no data.")
+    ] = False,
     ranks: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of ranks to plan for, with --dry-run.")] = None,
     host_memory: Annotated[
         float | None,
@@ -48,10 +51,10 @@ def train(
 ) -> None:
     """Trains from a recipe. Start several ranks with torchrun."""
     code = 0
-    with refusals():
+    with refusals(ranks=True):
         chosen = load_recipe(recipe, overrides or [])
         if dry_run:
-            _dry_run(chosen, ranks, host_memory)
+            say_plan(chosen, ranks, host_memory)
         elif ranks is not None:
             raise PlanError(f"--ranks goes with --dry-run; to train on {ranks} ranks start torchrun --nproc-per-node {ranks}")
         elif host_memory is not None:
@@ -61,50 +64,34 @@ def train(
     raise typer.Exit(code)
 
 
-def _dry_run(recipe: Recipe, ranks: int | None, host_memory: float | None) -> None:
-    import torch
-
-    from longtrain.parallel.launch import Launch
-    from longtrain.plan import make_plan
-    from longtrain.plan.describe import describe
-
-    launch = Launch.read()
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    device = here if recipe.device is Device.AUTO else recipe.device.value
-    host = launch.local_world if ranks is None and launch.torchrun else None
-    plan = make_plan(recipe, ranks or (launch.world if launch.torchrun else recipe.smallest_world), device, host)
-    if launch.rank:
-        return
-    say_lines(describe(plan, None if host_memory is None else int(host_memory * 2**30)))
-    if recipe.device is Device.AUTO and here == "cpu":
-        say("\nplanned for cpu, as this machine has no GPU; --set device=cuda plans for GPUs")
-
-
 def _train(recipe: Recipe, resume: str, until: int | None, force: bool) -> int:
     """Trains; returns the exit code."""
     from longtrain.train.signals import STOPPED
+    from longtrain.train.tracking import METRICS_FILE
 
-    main = rank() == 0
+    main, reports = rank() == 0, Path(recipe.run_folder) / METRICS_FILE
+    outlive_readers(f"nobody reads stdout any more: training goes on, what it prints is lost, and {reports} has its reports")
     try:
-        step = _run(recipe, resume, until, force)
+        step, drawn = _run(recipe, resume, until, force)
     except KeyboardInterrupt:
         if main:
             _say_interrupted(Path(recipe.run_folder))
         raise
     steps, saves = recipe.training.steps, recipe.checkpoint.every is not None
-    if step < min(steps if until is None else until, steps):
-        if main:
-            from_there = "the same command goes on from there" if saves else "nothing was saved, as checkpoint.every is null"
-            say(f"stopped at step {step}, as asked; {from_there}")
-        return STOPPED
-    if main:
-        _finish(recipe, export=saves and step >= steps)
-    return 0
+    asked = step < min(steps if until is None else until, steps)
+    if main and (asked or (step < steps and drawn)):
+        same = "the same command" if asked else "the command without --until"
+        from_there = f"{same} goes on from there" if saves else "nothing was saved, as checkpoint.every is null"
+        say(f"stopped at step {step}, as asked; {from_there}")
+    if main and not asked:
+        _finish(recipe, drawn, export=saves and step >= steps)
+    return STOPPED if asked else 0
 
 
-def _run(recipe: Recipe, resume: str, until: int | None, force: bool) -> int:
-    """The step that the run is at when it ends. What every rank can refuse by itself comes before the ranks meet; nothing is
-    written before that, and a signal ends the process as it does any other."""
+def _run(recipe: Recipe, resume: str, until: int | None, force: bool) -> tuple[int, list[Path]]:
+    """The step that the run is at when it ends, and the plots that it drew, on the main rank. What every rank can refuse by itself
+    comes before the ranks meet; nothing is written before that, and a signal ends the process as it does any other."""
+    from longtrain.evaluate.plot import draw_plots
     from longtrain.parallel import launch
     from longtrain.plan import make_plan
     from longtrain.train.assemble import open_data, open_weights, verify_data
@@ -131,22 +118,25 @@ def _run(recipe: Recipe, resume: str, until: int | None, force: bool) -> int:
     splits = [split] if unseen is None else [split, unseen]
     if started.local_rank == 0:
         verify_data(splits)
-    failed = True
+    failed, drawn = True, []
+
+    def draw() -> list[Path]:
+        drawn[:] = draw_plots(read_metrics(folder / METRICS_FILE), plan.recipe.name, folder)
+        return drawn
+
     try:
         ctx = launch.start(started, dp=plan.dp, cp=plan.cp, device=device.type)
         with StopSignals(say_aside, lambda: None if ctx.rank else _say_interrupted(folder)) as stop:
             check_shared(ctx, folder)
             launch.check_agreement(ctx, facts_of(plan, splits, start, until))
             evaluate = None if unseen is None else _evaluation(plan, ctx, unseen)
-            progress = run_training(
-                plan, ctx, split, start, until=until, evaluate=evaluate, draw=lambda: _draw(recipe), asked_to_stop=stop.asked
-            )
+            progress = run_training(plan, ctx, split, start, until=until, evaluate=evaluate, draw=draw, asked_to_stop=stop.asked)
             # torchrun ends all ranks when one leaves with an exit code, and the main one may still be telling its trackers
             ctx.all_gather_text("done")
         failed = False
     finally:
         launch.stop(failed)
-    return progress.step
+    return progress.step, drawn
 
 
 def _evaluation(plan: Plan, ctx: ParallelContext, unseen: Split) -> Evaluate:
@@ -164,32 +154,26 @@ def _evaluation(plan: Plan, ctx: ParallelContext, unseen: Split) -> Evaluate:
     return lambda run: held_out_loss(run.engine, run.plan, run.ctx, batches)
 
 
-def _finish(recipe: Recipe, export: bool) -> None:
-    """What the main rank leaves in the run's folder: the plot and, of a complete run that was saved, the export."""
+def _finish(recipe: Recipe, drawn: list[Path], export: bool) -> None:
+    """What the main rank leaves at the end: a word about the plots and, of a complete run that was saved, the export."""
     from longtrain.train.export import export_checkpoint
     from longtrain.train.resume import find_checkpoint
     from longtrain.train.run_folder import EXPORT_FOLDER
 
-    folder = Path(recipe.run_folder)
-    if plots := _draw(recipe):
-        say(f"plots: {', '.join(str(plot) for plot in plots)}")
+    if drawn:
+        say(f"plots: {', '.join(str(plot) for plot in drawn)}")
     if not export:
         return
+    folder = Path(recipe.run_folder)
     checkpoint, out = find_checkpoint(folder), folder / EXPORT_FOLDER
+    earlier = ""
     if out.exists() and not _newer(out, checkpoint):
-        # of an earlier, shorter run: kept, because people work in it
+        # people work in it
+        earlier = f" ({out} is of an earlier end of this run, and stays as it is)"
         out = folder / f"{EXPORT_FOLDER}-{checkpoint.name}"
     if not out.exists():
-        say(f"Hugging Face checkpoint: {export_checkpoint(folder, out)}")
-
-
-def _draw(recipe: Recipe) -> list[Path]:
-    """Draws the plots of a run's folder anew."""
-    from longtrain.evaluate.plot import draw_plots
-    from longtrain.train.tracking import METRICS_FILE, read_metrics
-
-    folder = Path(recipe.run_folder)
-    return draw_plots(read_metrics(folder / METRICS_FILE), recipe.name, folder)
+        export_checkpoint(checkpoint, out, warn=warn)
+        say(f"Hugging Face checkpoint: {out}{earlier}")
 
 
 def _newer(export: Path, checkpoint: Path) -> bool:

@@ -114,7 +114,7 @@ def find_corpus(
     depend on names and seed alone. DataError where the folder is missing or a split of text files has no document.
     """
     if not source.is_dir():
-        problem = "is a file; give the folder that holds it" if source.exists() else "no such folder"
+        problem = "is a file; give the folder that holds it" if source.exists() else "no such file or folder"
         raise DataError(f"--source {source}: {problem}")
     skipped = Skipped()
     wanted = _name_filter(globs)

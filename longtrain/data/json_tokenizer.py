@@ -24,6 +24,12 @@ FILES = (TOKENIZER_JSON, TOKENIZER, VOCABULARY)
 NONE = "none"
 """Value of --bos for documents that begin with their text."""
 
+ACCEPTED = (
+    "A SentencePiece .model, a tokenizer.json, a folder that holds one (a Hugging Face checkpoint, prepared data), or "
+    f"{PREFIX}NAME, a model of the hub"
+)
+"""What --tokenizer may name."""
+
 KNOWN_PAIRS = (
     ("<s>", "</s>"),
     ("<|begin_of_text|>", "<|end_of_text|>"),
@@ -82,6 +88,8 @@ def find_tokenizer(name: str, bos: str | None = None, eos: str | None = None) ->
     "none": nothing in front. DataError where it is missing or damaged, or has no EOS.
     """
     path = _download(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(name)
+    if not path.exists():
+        raise DataError(f"--tokenizer {name}: no such file or folder; name one of these: {ACCEPTED[0].lower()}{ACCEPTED[1:]}")
     if path.is_dir():
         found = next((path / file for file in FILES if (path / file).is_file()), None)
         if found is None:

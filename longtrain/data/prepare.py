@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rich.console import Console
 
 from longtrain.cores import usable_cores
-from longtrain.data.corpus import Skipped
+from longtrain.data.corpus import Skipped, place_of
 from longtrain.data.encode import PieceEncoder, Work, encode_all, is_held_out
 from longtrain.data.json_tokenizer import find_tokenizer
 from longtrain.data.manifest import SPLITS, TOKENIZER, Manifest, Statistics, TokenizerEntry, token_dtype_name
@@ -106,6 +106,8 @@ def prepare(
         if given is None and chosen.vocab_size is None:
             chosen = replace(chosen, vocab_size=STDLIB_VOCAB if wanted == [STDLIB] else VOCAB)
         with work_folder(out, _plan(chosen, found, given), overwrite) as folder:
+            if not (folder / JOURNAL).exists():
+                check_held_out(found, chosen.text_field)
             prepared = _Preparation(folder, chosen, found, console or Console(stderr=True, quiet=True)).run(given)
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror}; nothing was written to {out}") from None
@@ -246,6 +248,32 @@ class _Preparation:
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
+
+
+def check_held_out(found: Found, text_field: str) -> None:
+    """DataError where files of records leave a split without a document, before anything is tokenized.
+
+    Reads until both have one, which takes few records, and never more than EARLY_RECORDS. Folders of text were looked at when they
+    were found; datasets of the hub would be fetched twice.
+    """
+    if any(source.size is None or source.documents is not None for source in found.sources):
+        return
+    share, low, high, number = found.held_out, 1.0, 0.0, 0
+    steps = (step for source in found.sources for step in source.steps(text_field))
+    records = (record for step in steps for record in step.piece.records(text_field))
+    for record in records:
+        if record.problem is not None or not record.text.strip() or number == EARLY_RECORDS:
+            return  # what is malformed or empty is told of by the work itself
+        place, number = place_of(record.text.encode()), number + 1
+        low, high = min(low, place), max(high, place)
+        if low < share <= high:
+            return
+    if low < high:
+        chosen, enough = ("none", math.ceil(low * 1000 + 1)) if share <= low else ("all", math.floor(high * 1000))
+        raise DataError(f"--held-out {share:g} picks {chosen} of {number} documents: use --held-out {min(enough, 999) / 1000:g}")
+    if number:
+        what = "there is one document" if number == 1 else f"all {number} documents are the same text"
+        raise DataError(f"{what}: training needs one, and --held-out another")
 
 
 def sample(found: Found, text_field: str, skipped: Skipped) -> Iterator[str]:

@@ -33,11 +33,12 @@ class Prepared:
         lines = [f"prepared {self.out}: vocabulary {vocab_size}, {self.manifest.dtype}; {around}"]
         for split, lengths in self.lengths.items():
             spread = ", ".join(f"{name} {value:.0f}" for name, value in statistics.document_length[split].items())
-            lines.append(f"{split}: {lengths.size} documents, {lengths.sum()} tokens; tokens a document: {spread}")
+            documents = f"{lengths.size:,} document{'' if lengths.size == 1 else 's'}"
+            lines.append(f"{split}: {documents}, {lengths.sum():,} tokens; tokens a document: {spread}")
         if text := str(self.skipped):
             lines.append(f"skipped: {text}")
         for length in [sequence_length] if sequence_length else REPORTED_LENGTHS:
-            counts = ", ".join(f"{split} {int(lengths.sum()) // length}" for split, lengths in self.lengths.items())
+            counts = ", ".join(f"{split} {int(lengths.sum()) // length:,}" for split, lengths in self.lengths.items())
             share = context_share(np.cumsum(self.lengths["train"]), length)
             lines.append(f"sequences of {length}: {counts}; {share:.1%} of the tokens see more than {length // 4} of context")
             for split, documents in self.lengths.items():

@@ -91,6 +91,8 @@ def _tensors(folder: Path, tied: bool) -> Iterator[tuple[str, Tensor]]:
 def _files(folder: Path) -> list[Path]:
     if (folder / PICKLE).is_file():
         return [folder / PICKLE]
+    if not (folder / PICKLE_INDEX).is_file() and next(folder.glob("*.safetensors"), None):
+        raise CheckpointError(f"{folder}: holds safetensors already; model.init reads it as it is")
     try:
         names = sorted(set(json.loads((folder / PICKLE_INDEX).read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from longtrain.errors import CheckpointError
 from longtrain.train.checkpoint_folder import complete, damage, delete
-from longtrain.train.checkpoint_format import MANIFEST, read_manifest, read_state
+from longtrain.train.checkpoint_format import DAMAGED, MANIFEST, STATE, read_manifest, read_state
 from longtrain.train.resume import CHECKPOINTS
 from longtrain.train.tracking import METRICS_FILE
 
@@ -40,8 +40,32 @@ def find(path: Path) -> list[Path]:
     folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
     found = complete(folder)
     if not found:
-        raise CheckpointError(f"{path}: {'no whole checkpoint here' if path.exists() else 'no such folder'}; name a run's folder")
+        problem = "no whole checkpoint here" if path.exists() else "no such folder"
+        raise CheckpointError(f"{path}: {problem}; name a run's folder or a checkpoint's")
     return found
+
+
+def is_ours(path: Path) -> bool:
+    """Whether this is a checkpoint of ours, or a folder with some."""
+    # other libraries have files of either name
+    return all((path / name).is_file() for name in (MANIFEST, STATE)) or any(
+        complete(folder) for folder in (path, path / CHECKPOINTS)
+    )
+
+
+def without_advice(problems: Iterable[str]) -> list[str]:
+    """What is wrong with files, without what to do about it, which several of them have in common."""
+    return [problem.removesuffix(f"; {DAMAGED}") for problem in problems]
+
+
+def refuse_damage(problems: Sequence[str]) -> None:
+    """Raises CheckpointError of all of these, and what to do about them; nothing where there are none."""
+    if problems:
+        advice = (
+            "training, export and report pass over damaged checkpoints; `longtrain checkpoint prune` deletes them, and all but "
+            "the newest sound ones"
+        )
+        raise CheckpointError("\n".join([*without_advice(problems), advice]))
 
 
 def examine(path: Path, *, content: bool) -> Entry:
@@ -79,14 +103,16 @@ def prune(path: Path, keep: int, *, dry_run: bool = False) -> Iterator[tuple[Pat
     good, doomed, problems = 0, [], []
     for step in reversed(find(path)):
         if good == keep:
-            doomed.append((step, f"{keep} newer ones are right"))
+            doomed.append((step, "a newer one is right" if keep == 1 else f"{keep} newer ones are right"))
         elif found := damage(step):
             doomed.append((step, "damaged"))
             problems += found
         else:
             good += 1
     if not good:
-        raise CheckpointError("\n".join([*problems, f"{path}: not one checkpoint is right, so that nothing was deleted"]))
+        raise CheckpointError(
+            "\n".join([*without_advice(problems), f"{path}: not one checkpoint is right, so that nothing was deleted"])
+        )
     for step, reason in doomed:
         if not dry_run:
             delete(step)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from longtrain.data.json_tokenizer import open_tokenizer
 from longtrain.data.manifest import MANIFEST, TokenizerEntry, check_tokenizer, read_manifest
@@ -20,10 +24,12 @@ from longtrain.parallel.zero_config import DTYPES
 from longtrain.plan.model import model_config
 from longtrain.recipe.load import parse_recipe
 from longtrain.recipe.schema import Precision, Recipe
-from longtrain.train.checkpoint_folder import read_master
-from longtrain.train.checkpoint_format import TrainState, read_state
+from longtrain.train.checkpoint_commands import find, without_advice
+from longtrain.train.checkpoint_folder import check_files, read_master
+from longtrain.train.checkpoint_format import STATE, TrainState, read_state
 from longtrain.train.checkpoint_format import read_manifest as read_checkpoint
-from longtrain.train.resume import find_checkpoint
+
+Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,49 +44,87 @@ class Trained:
     tokenizer: Encoder
 
 
-def export_checkpoint(run: Path, out: Path, dtype: Precision | None = None, *, data: Path | None = None) -> Path:
-    """Writes the newest checkpoint of a run (or the one at that path) to the Hugging Face folder `out`, which must not exist.
+def export_checkpoint(
+    run: Path, out: Path, dtype: Precision | None = None, *, data: Path | None = None, warn: Warn = warnings.warn
+) -> Path:
+    """Writes the newest sound checkpoint of a run (or the one at that path) to the Hugging Face folder `out`, which must not exist.
+    Returns that checkpoint.
 
     dtype: of the weights; by default what the run computed in. data: prepared data with the run's tokenizer; by default what it
-    read. One parameter is held at a time besides a shard. Raises CheckpointError or DataError; nothing is left half-written.
+    read. warn: told of every newer checkpoint that is damaged. One parameter is held at a time besides a shard. Raises
+    CheckpointError or DataError; nothing is left half-written.
     """
-    path = find_checkpoint(run)
-    state, recipe = _read(path)
-    folder, entry = _tokenizer_of(path, state, recipe, data)
+    if out.exists():
+        raise CheckpointError(f"{out} exists; name a folder that does not")
+    sound = _open(run, data, warn)
+    folder, entry = sound.tokenizer
     try:
         write_folder(
             out,
-            model_config(recipe),
-            read_master(path),
+            model_config(sound.recipe),
+            sound.master,
             tokenizer_model=folder / entry.file,
             bos=entry.bos,
             eos=entry.eos,
-            dtype=DTYPES[dtype or recipe.training.precision],
+            dtype=DTYPES[dtype or sound.recipe.training.precision],
         )
     except SafetensorError as error:
         raise CheckpointError(f"{out}: the weights cannot be written: {error}") from error
-    return out
+    return sound.path
 
 
-def load_trained(run: Path, *, data: Path | None = None) -> Trained:
-    """The model of the newest checkpoint of a run (or of the one at that path), for generating on the CPU.
+def load_trained(run: Path, *, data: Path | None = None, warn: Warn = warnings.warn) -> Trained:
+    """The model of the newest sound checkpoint of a run (or of the one at that path), for generating on the CPU.
 
-    data: as in `export_checkpoint`. Raises CheckpointError or DataError.
+    data, warn: as in `export_checkpoint`. Raises CheckpointError or DataError.
     """
-    path = find_checkpoint(run)
-    state, recipe = _read(path)
-    folder, entry = _tokenizer_of(path, state, recipe, data)
-    model = Decoder(model_config(recipe), LocalAttend(MemoryEfficientKernel())).eval()
+    sound = _open(run, data, warn)
+    model = Decoder(model_config(sound.recipe), LocalAttend(MemoryEfficientKernel())).eval()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in read_master(path):
+        for name, value in sound.master:
             parameters[name].copy_(value)
-    return Trained(path, recipe, state.step, read_checkpoint(path).world, model, open_tokenizer(folder, entry))
+    tokenizer = open_tokenizer(*sound.tokenizer)
+    return Trained(sound.path, sound.recipe, sound.state.step, read_checkpoint(sound.path).world, model, tokenizer)
 
 
-def _read(path: Path) -> tuple[TrainState, Recipe]:
-    state = read_state(path)
-    return state, parse_recipe(state.recipe, f"{path}/state.json")
+@dataclass(frozen=True)
+class _Sound:
+    """A checkpoint of which every byte is right. tokenizer: prepared data that has it, and its entry there. master: the parameters,
+    as `read_master` gives them."""
+
+    path: Path
+    state: TrainState
+    recipe: Recipe
+    tokenizer: tuple[Path, TokenizerEntry]
+    master: Iterator[tuple[str, Tensor]]
+
+
+def _open(run: Path, data: Path | None, warn: Warn) -> _Sound:
+    """The newest sound checkpoint of a run, or the one at that path. Raises CheckpointError where there is none."""
+    candidates, damaged = find(run), []
+    for path in reversed(candidates):
+        try:
+            check_files(path, read_checkpoint(path), [STATE])
+            state = read_state(path)
+            recipe = parse_recipe(state.recipe, f"{path}/{STATE}")
+            tokenizer = _tokenizer_of(path, state, recipe, data)
+            master = read_master(path)
+            # reads every byte before it gives the first one
+            first = list(itertools.islice(master, 1))
+        except CheckpointError as error:
+            damaged.append((path, without_advice(str(error).splitlines())))
+            continue
+        for bad, found in damaged:
+            more = f" (and {len(found) - 1} more files)" if found[1:] else ""
+            warn(f"passed over {bad.name}: {found[0]}{more}; using {path.name}")
+        return _Sound(path, state, recipe, tokenizer, itertools.chain(first, master))
+    lines = "\n".join(f"  {line}" for _, found in damaged for line in found)
+    if candidates == [run]:
+        whole = run.absolute().parent.parent
+        advice = f"name another checkpoint of that run; `longtrain checkpoint ls {whole} --verify` says which are sound"
+        raise CheckpointError(f"{run}: is damaged:\n{lines}\n{advice}")
+    raise CheckpointError(f"{run}: every checkpoint of this run is damaged:\n{lines}")
 
 
 def _tokenizer_of(path: Path, state: TrainState, recipe: Recipe, moved: Path | None) -> tuple[Path, TokenizerEntry]:

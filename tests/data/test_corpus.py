@@ -112,7 +112,7 @@ def test_files_of_records_are_told_from_text(tmp_path: Path) -> None:
 
 
 def test_folders_without_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="no such file or folder"):
         find_corpus(tmp_path / "none")
     with pytest.raises(DataError, match="no readable files at all"):
         find_corpus(tmp_path)

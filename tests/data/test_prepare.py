@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from longtrain.cli.prepare import main
 from longtrain.data import prepare as module
-from longtrain.data.command import main
-from longtrain.data.corpus import Skipped, find_corpus
+from longtrain.data.corpus import Skipped, find_corpus, place_of
 from longtrain.data.manifest import read_manifest
 from longtrain.data.packed import PackedSplit
 from longtrain.data.prepare import prepare
@@ -212,3 +212,36 @@ def test_part_of_the_standard_library(tmp_path: Path) -> None:
     assert prepared.manifest.statistics.documents["heldout"] == 1
     assert PackedSplit(tmp_path / "out", "train", 256).context_share() > 0.5
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["tokenizer"]["vocab_size"] == 500
+
+
+def write_records(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.mark.parametrize(("share", "chosen"), [(0.001, "none"), (0.999, "all")])
+def test_an_empty_split_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, chosen: str
+) -> None:
+    write_records(tmp_path / "a.jsonl", [f"Record number {number} of a few." * 9 for number in range(12)])
+    for work in ("train_tokenizer", "encode_all"):
+        monkeypatch.setattr(module, work, None)
+    with pytest.raises(DataError, match=rf"--held-out {share:g} picks {chosen} of 12 documents: use --held-out 0\.\d+$") as refusal:
+        prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", vocab_size=300, held_out=share)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    monkeypatch.undo()
+    enough = float(str(refusal.value).split()[-1])
+    prepared = prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", vocab_size=300, held_out=enough)
+    assert all(prepared.manifest.statistics.documents.values())
+
+
+def test_looking_at_the_splits_takes_few_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_records(tmp_path / "a.jsonl", [f"Record number {number}" for number in range(5000)])
+    looked: list[bytes] = []
+    monkeypatch.setattr(module, "place_of", lambda text: looked.append(text) or place_of(text))
+    module.check_held_out(find_sources([str(tmp_path / "a.jsonl")], globs=(), held_out=0.02, seed=0, out=Path("out")), "text")
+    assert 0 < len(looked) < 500
+    # and not all of those of which hardly any can be held out
+    monkeypatch.setattr(module, "EARLY_RECORDS", 100)
+    looked.clear()
+    module.check_held_out(find_sources([str(tmp_path / "a.jsonl")], globs=(), held_out=1e-9, seed=0, out=Path("out")), "text")
+    assert len(looked) == 100

@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from longtrain.cli.prepare import main
 from longtrain.data import sources as module
-from longtrain.data.command import main
 from longtrain.data.manifest import read_manifest
 from longtrain.data.prepare import prepare
 from longtrain.data.tokenizer import Tokenizer
@@ -230,7 +230,8 @@ REFUSALS: dict[str, tuple[str, bytes, str]] = {
     "nothing": ("a.jsonl", b"", r"'train' is usable text; there was nothing to read; name other text"),
     "blank lines": ("a.jsonl", b"\n \n", "there was nothing to read"),
     "empty texts": ("a.jsonl", b'{"text": " "}\n' * 9, r"skipped: 9 empty \(.*a\.jsonl:1, .*\.\.\.\)"),
-    "one text": ("a.jsonl", GOOD.split(b"\n")[0], r"--held-out 0\.1 leaves the split .* empty, of 1 documents"),
+    "one text": ("a.jsonl", GOOD.split(b"\n")[0], r"there is one document: training needs one, and --held-out another"),
+    "one text again and again": ("a.jsonl", b"\n".join(GOOD.split(b"\n")[:1] * 2), "all 2 documents are the same text"),
     "gzip cut": ("a.jsonl.gz", GZ[:-20], r"a\.jsonl\.gz: cannot be read after line \d+ .*cut short or damaged; copy it again"),
     "gzip head": ("a.jsonl.gz", GZ[:5], r"a\.jsonl\.gz: cannot be read after line 0"),
     "gzip flipped": ("a.jsonl.gz", GZ[:200] + b"\0\0\0\0" + GZ[204:], r"a\.jsonl\.gz: cannot be read after line"),
@@ -290,7 +291,7 @@ def test_broken_sources_exit_with_2_and_one_message(
         (["--source", "FILE", "--held-out", "0"], "not a share between 0 and 1"),
         (["--source", "FILE", "--vocab-size", "300", "--eos", "x"], "--bos and --eos go with --tokenizer"),
         (["--source", "FILE", "--source", "FILE"], "given twice"),
-        (["--source", "missing.jsonl"], r"missing\.jsonl: no such folder"),
+        (["--source", "missing.jsonl"], r"missing\.jsonl: no such file or folder"),
     ],
 )
 def test_arguments_that_are_refused(

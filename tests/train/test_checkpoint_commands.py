@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from longtrain.train.checkpoint_folder import complete, damage, verify
-from tests.user import CHECKPOINT, command, snapshot, train
+from tests.user import CHECKPOINT, REPOSITORY, command, process, snapshot, train
 
 pytest_plugins = ("tests.desks",)
 pytestmark = pytest.mark.usefixtures("trained")
@@ -41,13 +42,19 @@ def test_ls_shows_what_is_torn_at_once_and_what_is_changed_when_it_reads() -> No
     flip(OLDER / TENSORS)
     with (CHECKPOINT / "state.json").open("ab") as file:
         file.truncate(30)
-    older, newer, reason = command("checkpoint", "ls", "run").text.splitlines()[1:]
+    said = command("checkpoint", "ls", "run")
+    assert said.code == 2
+    older, newer, reason, advice = said.text.splitlines()[1:]
     assert "whole, not verified" in older
     assert newer.split() == ["step-00000003", "DAMAGED"]
-    assert reason.startswith(f"{CHECKPOINT}/state.json: 30 bytes instead of")
-    older, newer, *reasons = command("checkpoint", "ls", "run", "--verify").text.splitlines()[1:]
+    assert reason.startswith(f"error: {CHECKPOINT}/state.json: 30 bytes instead of")
+    assert "longtrain checkpoint prune" in advice
+    said = command("checkpoint", "ls", "run", "--verify")
+    assert said.code == 2
+    older, newer, *reasons = said.text.splitlines()[1:]
     assert older.split()[-1] == newer.split()[-1] == "DAMAGED"
-    assert reasons[0].startswith(f"{OLDER}/{TENSORS}: SHA-256 differs")
+    assert reasons[0] == f"error: {OLDER}/{TENSORS}: SHA-256 differs from the manifest"
+    assert len(reasons) == 3, "one line for each file, and one of advice"
 
 
 def test_verify() -> None:
@@ -70,8 +77,32 @@ def test_export_is_the_same_command() -> None:
     assert snapshot(Path("one")) == snapshot(Path("two"))
     said = command("checkpoint", "export", str(OLDER), "--out", "three")
     assert said.code == 2
-    assert f"{OLDER}/{TENSORS}: SHA-256 differs" in said.text
+    assert said.text.splitlines() == [
+        f"error: {OLDER}: is damaged:",
+        f"  {OLDER}/{TENSORS}: SHA-256 differs from the manifest",
+        f"name another checkpoint of that run; `longtrain checkpoint ls {Path.cwd()}/run --verify` says which are sound",
+    ]
     assert not Path("three").exists()
+
+
+def test_export_passes_over_damaged_ones_loudly() -> None:
+    flip(CHECKPOINT / TENSORS)
+    reason = f"{CHECKPOINT}/{TENSORS}: SHA-256 differs from the manifest"
+    warning = f"WARNING: passed over {CHECKPOINT.name}: {reason}; using {OLDER.name}"
+    said = command("export", "run", "--out", "one")
+    assert (said.code, said.text.splitlines()) == (0, [warning, f"wrote one from {OLDER}"])
+    assert command("export", str(OLDER), "--out", "two").code == 0
+    assert snapshot(Path("one")) == snapshot(Path("two"))
+    said = command("report", "run", "--tokens", "1")
+    assert warning in said.text
+    assert "sample:" in said.text
+    script = process(sys.executable, str(REPOSITORY / "scripts" / "convert_checkpoint.py"), "run", "--out", "three")
+    assert (script.returncode, script.stdout, script.stderr) == (0, f"wrote three from {OLDER}\n", f"{warning}\n")
+    (OLDER / "manifest.json").write_text("{}")
+    said = command("export", "run", "--out", "four")
+    assert said.code == 2
+    assert said.text.startswith(f"error: run: every checkpoint of this run is damaged:\n  {reason}\n  {OLDER}/manifest.json: ")
+    assert not Path("four").exists()
 
 
 def test_prune() -> None:
@@ -84,7 +115,7 @@ def test_prune() -> None:
     # the newest is damaged: it counts for nothing
     flip(CHECKPOINT / TENSORS)
     said = command("checkpoint", "prune", "run", "--keep", "1")
-    assert said.text.splitlines() == [f"deleted {CHECKPOINT} (damaged)", f"deleted {third} (1 newer ones are right)"]
+    assert said.text.splitlines() == [f"deleted {CHECKPOINT} (damaged)", f"deleted {third} (a newer one is right)"]
     assert complete(FOLDER) == [OLDER]
     verify(OLDER)
     flip(OLDER / "state.json")
@@ -144,7 +175,12 @@ def test_another_recipe_can_be_forced() -> None:
 
 
 def test_import_refuses_what_deepspeed_did_not_write() -> None:
-    said = command("checkpoint", "import", str(CHECKPOINT), "--out", "imported")
+    for ours in (CHECKPOINT, FOLDER, "run"):
+        said = command("checkpoint", "import", str(ours), "--out", "imported")
+        assert said.code == 2
+        assert f"{ours}: is longtrain's own, which training goes on from as it is (--resume)" in said.text
+        assert f"longtrain export {ours} --out imported" in said.text
+    said = command("checkpoint", "import", "data", "--out", "imported")
     assert said.code == 2
     assert "has no file *_optim_states.pt of ZeRO; name a folder that DeepSpeed's save_checkpoint wrote" in said.text
     assert not Path("imported").exists()
