@@ -24,10 +24,15 @@ from torch import Tensor
 
 from longtrain.errors import CheckpointError
 
-UNREADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, UnpicklingError)
+UNREADABLE = (
+    *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError, AssertionError),
+    UnpicklingError,
+)
 """What `torch.load(weights_only=True)` raises for files that are damaged or hold more than tensors."""
 
 LATEST = "latest"
+LARGEST = 2**62
+"""Elements beyond which a count in a file is not one."""
 
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_\d+_)?mp_rank_(\d+)(?:_\d+)?_model_states\.pt")
@@ -101,10 +106,10 @@ def open_deepspeed(folder: Path) -> DeepSpeedWeights:
     files = _optimizer_files(step)
     states = [_optimizer_state(file) for file in files]
     # its bf16 optimizer with fp32 gradients, which there is at stage 1 only, does not name the stage
-    stage, world = states[0].get("zero_stage", 1), states[0].get("partition_count")
-    world = max(world, default=None) if isinstance(world, list) else world
-    if stage not in (1, 2, 3) or not isinstance(world, int):
-        raise CheckpointError(f"{files[0]}: is not of ZeRO stage 1, 2 or 3 as DeepSpeed 0.10 to 0.19 writes it")
+    stage = states[0].get("zero_stage", 1)
+    if not _is_count(stage) or stage not in (1, 2, 3):
+        raise CheckpointError(f"{files[0]}: is not of ZeRO stage 1, 2 or 3 as DeepSpeed 0.10 to 0.19 writes it (zero_stage)")
+    world = _world(files[0], states[0].get("partition_count"))
     if world != len(files):
         there = f"{len(files)} files *_optim_states.pt are there"
         raise CheckpointError(f"{step}: {there}, but {world} ranks saved it; copy the files of all ranks here")
@@ -113,7 +118,7 @@ def open_deepspeed(folder: Path) -> DeepSpeedWeights:
     name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
     shapes = _shapes(step / name)
     paddings = states[0].get("param_alignment_paddings")
-    layout = _sharded(shapes, groups, step) if stage == 3 else _consecutive(shapes, paddings, groups, step)
+    layout = _sharded(shapes, groups, step) if stage == 3 else _consecutive(shapes, paddings, groups, files[0])
     bare = {_bare(name): shape for group in shapes for name, shape in group.items()}
     return DeepSpeedWeights(step, int(stage), bare, groups, {_bare(name): place for name, place in layout.items()})
 
@@ -122,9 +127,13 @@ def _step_of(folder: Path) -> Path:
     latest = folder / LATEST
     if not latest.is_file():
         return folder
-    name = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not name or Path(name).name != name:
-        raise CheckpointError(f"{latest}: {name!r} is not the name of a folder beside it")
+    try:
+        name = latest.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{latest}: cannot be read: {error.strerror}") from None
+    # a name of a file has at most 255 bytes
+    if name in ("", "..") or Path(name).name != name or len(name.encode()) > 255:
+        raise CheckpointError(f"{latest}: {name[:80]!r} is not the name of a folder beside it")
     if not (folder / name).is_dir():
         raise CheckpointError(f"{latest}: names {name}, which is not there; name the folder of a step that is")
     return folder / name
@@ -150,7 +159,7 @@ def _optimizer_files(step: Path) -> list[Path]:
         raise CheckpointError(
             f"{step}: has no file *_optim_states.pt of ZeRO; name a folder that DeepSpeed's save_checkpoint wrote"
         )
-    absent = sorted(set(range(max(ranks) + 1)) - ranks.keys())
+    absent = [rank for rank in range(len(ranks)) if rank not in ranks]
     if absent:
         raise CheckpointError(f"{step}: the optim_states file of rank {absent[0]} is missing; copy the files of all ranks here")
     return [ranks[rank] for rank in sorted(ranks)]
@@ -181,29 +190,66 @@ def _optimizer_state(file: Path) -> dict[Any, Any]:
     return state
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < LARGEST
+
+
+def _world(file: Path, counts: Any) -> int:
+    """The ranks that saved it: one number, or one for every parameter group."""
+    found = counts if isinstance(counts, list) else [counts]
+    if not found or not all(_is_count(count) for count in found):
+        raise CheckpointError(f"{file}: field partition_count does not say how many ranks saved it")
+    return max(found)
+
+
+def _paddings(file: Path, paddings: Any, shapes: list[dict[str, tuple[int, ...]]]) -> list[list[int]]:
+    """Elements left free after every parameter, group by group; versions of DeepSpeed that leave none do not say so."""
+    if paddings is None:
+        return [[0] * len(group) for group in shapes]
+    lists = isinstance(paddings, list) and all(isinstance(group, list) for group in paddings)
+    if (
+        not lists
+        or [len(group) for group in paddings] != [len(group) for group in shapes]
+        or not all(_is_count(padding) for group in paddings for padding in group)
+    ):
+        raise CheckpointError(f"{file}: field param_alignment_paddings has not one number for every parameter of param_shapes")
+    return paddings
+
+
 def _flat_tensors(file: Path, state: dict[Any, Any], key: str) -> list[Tensor]:
     groups = state.get(key)
-    if not isinstance(groups, list) or not all(isinstance(t, Tensor) and t.dtype == torch.float32 and t.dim() == 1 for t in groups):
+    if not isinstance(groups, list) or not all(_is_flat(tensor) for tensor in groups):
         raise CheckpointError(f"{file}: has no list of flat fp32 tensors {key}")
     return groups
+
+
+def _is_flat(tensor: Any) -> bool:
+    known = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return known and tensor.dtype == torch.float32 and tensor.dim() == 1 and tensor.is_contiguous()
 
 
 def _shapes(file: Path) -> list[dict[str, tuple[int, ...]]]:
     """Name and shape of every trained parameter, group by group."""
     content = _load(file)
-    if content.get("frozen_param_shapes"):
+    frozen = content.get("frozen_param_shapes")
+    if frozen is not None and not (isinstance(frozen, dict) and not frozen):
         raise CheckpointError(
             f"{file}: some parameters were frozen, and only trained ones are read; export it with what trained it"
         )
     wrong = CheckpointError(f"{file}: field param_shapes does not name parameters and their shapes")
-    try:
-        shapes = [{str(name): tuple(int(n) for n in shape) for name, shape in group.items()} for group in content["param_shapes"]]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise wrong from None
-    names = [_bare(name) for group in shapes for name in group]
-    if len(set(names)) < len(names) or any(n < 0 for group in shapes for shape in group.values() for n in shape):
+    groups = content.get("param_shapes")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise wrong
-    return shapes
+    shapes = [(name, shape) for group in groups for name, shape in group.items()]
+    if not all(isinstance(name, str) and _is_shape(shape) for name, shape in shapes):
+        raise wrong
+    if not shapes or len({_bare(name) for name, _ in shapes}) < len(shapes):
+        raise wrong
+    return [{name: tuple(shape) for name, shape in group.items()} for group in groups]
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, tuple | list) and all(_is_count(n) for n in shape) and _is_count(prod(shape))
 
 
 def _bare(name: str) -> str:
@@ -212,21 +258,24 @@ def _bare(name: str) -> str:
 
 
 def _consecutive(
-    shapes: list[dict[str, tuple[int, ...]]], paddings: Any, groups: list[list[Tensor]], step: Path
+    shapes: list[dict[str, tuple[int, ...]]], paddings: Any, groups: list[list[Tensor]], file: Path
 ) -> dict[str, tuple[int, int]]:
-    """Stages 1 and 2: the parameters of a group one after another, cut into equal parts for the ranks. (group, start) by name."""
+    """Stages 1 and 2: the parameters of a group one after another, cut into equal parts for the ranks. (group, start) by name.
+
+    file: of the first rank, which has the paddings.
+    """
     if any(len(rank) != len(shapes) for rank in groups):
-        raise CheckpointError(f"{step}: ranks hold another number of parameter groups than the {len(shapes)} of the model")
+        raise CheckpointError(f"{file.parent}: ranks hold another number of parameter groups than the {len(shapes)} of the model")
     layout: dict[str, tuple[int, int]] = {}
     align = 2 * len(groups)
-    for number, group in enumerate(shapes):
-        start, after = 0, [0] * len(group) if paddings is None else paddings[number]
+    for number, (group, after) in enumerate(zip(shapes, _paddings(file, paddings, shapes), strict=True)):
+        start = end = 0
         for (name, shape), padding in zip(group.items(), after, strict=True):
-            layout[name] = number, start
-            start += prod(shape) + int(padding)
+            layout[name], end = (number, start), start + prod(shape)
+            start = end + padding
         held = sum(rank[number].numel() for rank in groups)
-        if -(-start // align) != -(-held // align):
-            raise CheckpointError(f"{step}: parameter group {number} has {start:,} elements, and the ranks hold {held:,}")
+        if -(-start // align) != -(-held // align) or held < end:
+            raise CheckpointError(f"{file.parent}: parameter group {number} has {start:,} elements, and the ranks hold {held:,}")
     return layout
 
 

@@ -35,7 +35,7 @@ from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine
 from longtrain.parallel.mailbox import Mailbox
 from longtrain.plan.host import SHARE, available_memory, fits
-from longtrain.train.checkpoint_folder import KINDS, Pieces, check_files, complete, delete, publish, resolve
+from longtrain.train.checkpoint_folder import KINDS, Pieces, check_files, check_ranges, complete, delete, publish, resolve
 from longtrain.train.checkpoint_format import (
     MANIFEST,
     STATE,
@@ -255,13 +255,15 @@ def load(path: Path, engine: Engine, *, verified: bool = False) -> TrainState:
 
 
 def check_together(ctx: ParallelContext, step: Path) -> None:
-    """Reads every byte of a step folder, each rank a part. A collective; raises CheckpointError on all where a file is damaged."""
+    """Reads every byte of a step folder, each rank a part. A collective; raises CheckpointError on all where a file is damaged, or
+    is what was written and still cannot be loaded."""
 
     def check() -> None:
         manifest = read_manifest(step)
         check_files(step, manifest, sorted(manifest.files)[ctx.rank :: ctx.world])
 
     together(ctx, check)
+    together(ctx, lambda: check_ranges(step, read_manifest(step)) if ctx.is_main else None)
 
 
 def together(ctx: ParallelContext, action: Callable[[], Any]) -> list[Any]:

@@ -10,6 +10,7 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def damage(step: Path, *, content: bool = True) -> list[str]:
         found = _wrong_files(step, manifest, sorted(manifest.files), content)
         if not found:
             read_state(step)
-            _check_coverage(Pieces(step, manifest), manifest)
+            check_ranges(step, manifest)
     except CheckpointError as error:
         return [str(error)]
     return found
@@ -111,8 +112,13 @@ def verify(path: Path) -> Manifest:
     return read_manifest(step)
 
 
-def _check_coverage(pieces: Pieces, manifest: Manifest) -> None:
+def check_ranges(step: Path, manifest: Manifest) -> None:
+    """Opens every rank file, and reads none. Raises CheckpointError that names the file that is no safetensors file of ranges, or
+    the parameter of which elements are in none."""
+    pieces = Pieces(step, manifest)
     for name, entry in manifest.parameters.items():
+        if prod(entry.shape) != entry.numel:
+            raise CheckpointError(f"{step / MANIFEST}: parameter {name} of shape {entry.shape} cannot have {entry.numel} elements")
         for kind in KINDS:
             pieces.find(kind, name, 0, entry.numel)
 
@@ -144,11 +150,12 @@ class Pieces:
         try:
             handle = self._files[file] = safe_open(self._step / file, framework="pt")
             for key in handle.keys():  # noqa: SIM118 (not a mapping)
-                match = re.fullmatch(r"([a-z_]+)/(.+)@(\d+)", key)
-                if match is None:
-                    raise CheckpointError(f"{self._step / file}: tensor {key!r} is not a range of a parameter")
+                match, values = re.fullmatch(r"([a-z_]+)/(.+)@(\d{1,18})", key), handle.get_slice(key)
+                shape = values.get_shape()
+                if match is None or len(shape) != 1 or values.get_dtype() != "F32":
+                    raise CheckpointError(f"{self._step / file}: tensor {key!r} is not a flat fp32 range of a parameter")
                 kind, parameter, start = match[1], match[2], int(match[3])
-                end = start + handle.get_slice(key).get_shape()[0]
+                end = start + shape[0]
                 self._index.setdefault((kind, parameter), []).append((start, end, file, key))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self._step / file}: not readable: {error}") from error

@@ -136,21 +136,29 @@ class WandbRun(Tracker):
 
 
 class TensorboardLog(Tracker):
-    """Event files for tensorboard; of steps that a resumed run does again, only the later report is shown."""
+    """Event files for tensorboard; of steps that a run does again, resumed or rolled back, only the later report is shown."""
 
     def __init__(self, folder: Path, done: int, config: Mapping[str, Any]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(folder), purge_step=done + 1)
+        self._folder = folder
+        self._open(done)
         for key, value in config.items():
             text = "\n".join(f"    {line}" for line in _lines(value))
             self._writer.add_text(key, text, done)
+
+    def _open(self, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=done + 1)
 
     def log(self, metrics: Metrics) -> None:
         for key, value in scalars(metrics).items():
             if key != "step":
                 self._writer.add_scalar(key, value, metrics.step)
         self._writer.flush()
+
+    def go_back(self, step: int) -> None:
+        self._writer.close()
+        self._open(step)
 
     def close(self) -> None:
         self._writer.close()

@@ -40,14 +40,14 @@ def step_poisoned(engine: Engine) -> StepResult:
     return result
 
 
-def check_skips(progress: Progress, most: int, checkpoints: Path) -> None:
+def check_skips(progress: Progress, most: int, checkpoints: Path, *, damaged: Sequence[Path] = ()) -> None:
     """Raises TrainingError, the same on every rank, after `most` steps in a row without an update.
 
-    It names the newest checkpoint of which a later step has shown that its weights give finite losses.
+    It names the newest checkpoint of which a later step has shown that its weights give finite losses. damaged: known not to be it.
     """
     if progress.skipped_in_row < most:
         return
-    good = good_checkpoints(progress, checkpoints)
+    good = [path for path in good_checkpoints(progress, checkpoints) if path not in damaged]
     where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint from before that"
     times = f" after {progress.roll_backs} roll-backs (guards.max_roll_backs)" if progress.roll_backs else ""
     raise TrainingError(

@@ -18,11 +18,10 @@ from longtrain.train.optim import learning_rate
 from longtrain.train.rollback import answer_skips
 from longtrain.train.state import Progress
 from longtrain.train.step import Prepared, StepOutcome, prepare_step, train_step
+from longtrain.train.watchdog import Beat
 
 Evaluate = Callable[[Run], Evaluation]
 """The held-out losses of a run as it stands; called by all ranks."""
-Beat = Callable[[int, str], None]
-"""Told of every phase that begins, with the number of its step."""
 
 
 def train(run: Run, *, until: int, evaluate: Evaluate | None = None, beat: Beat = lambda step, phase: None) -> Progress:
@@ -59,8 +58,8 @@ def train(run: Run, *, until: int, evaluate: Evaluate | None = None, beat: Beat 
         if done % recipe.tracking.every == 0 or evaluation is not None or final:
             run.trackers.log(_metrics(run, outcome, evaluation, lr, seconds, peak))
             run.stood_still = 0.0
-        beat(done, "roll-back" if run.progress.skipped_in_row else "save")
-        if not answer_skips(run) and save_due(run.plan.recipe, before, run.progress):
+        if not answer_skips(run, beat) and save_due(run.plan.recipe, before, run.progress):
+            beat(done, "save")
             run.save()
     beat(run.progress.step, "save")
     run.finish_saving()

@@ -14,7 +14,7 @@ from longtrain.parallel.deepspeed import Engine
 from longtrain.recipe.load import dump_recipe, parse_recipe
 from longtrain.recipe.schema import Recipe
 from longtrain.train import checkpoint
-from longtrain.train.checkpoint_folder import check_files, complete, find_latest, resolve
+from longtrain.train.checkpoint_folder import check_files, complete, damage, find_latest, resolve
 from longtrain.train.checkpoint_format import STATE, TrainState, read_manifest, read_state
 from longtrain.train.state import Progress, RecentLosses
 
@@ -40,6 +40,8 @@ FREE_FIELDS = {
 
 Damaged = tuple[Path, str]
 """A checkpoint, and what is wrong with it."""
+Change = tuple[str, Any, Any]
+"""A field of a recipe, its value before, and now."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Start:
 
 
 def choose(recipe: Recipe, split: Split, wanted: str, *, force: bool = False) -> Start:
-    """Resolves --resume auto | never | PATH for the recipe of a plan and its data; reads small files only, writes nothing.
+    """Resolves --resume auto | never | PATH for the recipe of a plan and its data; writes nothing, and reads small files only, but
+    for a checkpoint that it would refuse as another run's: one that is damaged is told to be that.
 
     auto: the newest checkpoint of the run that is all there; `confirm` reads its bytes. force: go on from one of another recipe or
     of other data. Raises CheckpointError where the checkpoint is missing, damaged, of another recipe or of other data, or would be
@@ -83,7 +86,8 @@ def choose(recipe: Recipe, split: Split, wanted: str, *, force: bool = False) ->
             f"{folder}: holds checkpoints up to {latest.name}; to go on from {path} instead, set another name or output, or "
             "delete the newer ones"
         )
-    _check_sizes(path)
+    if reason := _wrong(path, recipe, split, force):
+        raise CheckpointError(reason)
     return _start_at(path, recipe, split, force)
 
 
@@ -109,10 +113,8 @@ def _newest(recipe: Recipe, split: Split, force: bool, damaged: Sequence[Damaged
     for path in reversed(complete(Path(recipe.run_folder) / CHECKPOINTS)):
         if path in passed:
             continue
-        try:
-            _check_sizes(path)
-        except CheckpointError as error:
-            damaged.append((path, str(error)))
+        if reason := _wrong(path, recipe, split, force):
+            damaged.append((path, reason))
             continue
         start = _start_at(path, recipe, split, force)
         return replace(
@@ -127,20 +129,26 @@ def _newest(recipe: Recipe, split: Split, force: bool, damaged: Sequence[Damaged
     return Start(None)
 
 
-def _check_sizes(path: Path) -> None:
-    """What can be told of a checkpoint without reading its tensors."""
-    manifest = read_manifest(path)
-    check_files(path, manifest, sorted(manifest.files), content=False)
-    check_files(path, manifest, [STATE])
-    read_state(path)
+def _wrong(path: Path, recipe: Recipe, split: Split, force: bool) -> str | None:
+    """What is wrong with the files of a checkpoint, as far as it can be told without reading tensors. They are read too where it
+    would be refused as another run's: damaged, it is no reason to refuse one that is older."""
+    try:
+        manifest = read_manifest(path)
+        check_files(path, manifest, sorted(manifest.files), content=False)
+        check_files(path, manifest, [STATE])
+        state = read_state(path)
+    except CheckpointError as error:
+        return str(error)
+    refused = not force and _refusals(path, state, split, _changes_since(path, state, recipe))
+    return next(iter(damage(path)), None) if refused else None
 
 
 def _start_at(path: Path, recipe: Recipe, split: Split, force: bool) -> Start:
     """A start at this checkpoint. Raises CheckpointError where it is of another recipe or of other data, unless forced."""
     state = read_state(path)
-    changes = list(_changes(parse_recipe(state.recipe, f"{path}/state.json"), recipe))
+    changes = _changes_since(path, state, recipe)
     remarks = [f"resuming {path} (step {state.step})"]
-    refusals = [*_other_run(path, changes), *_other_data(path, state, split)]
+    refusals = _refusals(path, state, split, changes)
     if refusals and not force:
         raise CheckpointError(refusals[0])
     # the fields follow among the changes
@@ -197,6 +205,10 @@ def state_of(recipe: Recipe, split: Split, progress: Progress, tracker: str | No
     )
 
 
+def _refusals(path: Path, state: TrainState, split: Split, changes: list[Change]) -> list[str]:
+    return [*_other_run(path, changes), *_other_data(path, state, split)]
+
+
 def _other_data(path: Path, state: TrainState, split: Split) -> Iterator[str]:
     if state.data != split.fingerprint:
         yield (
@@ -206,7 +218,7 @@ def _other_data(path: Path, state: TrainState, split: Split) -> Iterator[str]:
         )
 
 
-def _other_run(path: Path, changes: list[tuple[str, Any, Any]]) -> Iterator[str]:
+def _other_run(path: Path, changes: list[Change]) -> Iterator[str]:
     fixed = [change for change in changes if change[0] not in FREE_FIELDS and change[0].split(".")[0] not in FREE_SECTIONS]
     if fixed:
         lines = "\n".join(f"  {field}: {before} in the checkpoint, {after} in this recipe" for field, before, after in fixed)
@@ -217,12 +229,12 @@ def _other_run(path: Path, changes: list[tuple[str, Any, Any]]) -> Iterator[str]
         )
 
 
-def _changes(before: Recipe, after: Recipe) -> Iterator[tuple[str, Any, Any]]:
-    """(field, value before, value after) of every field that differs."""
-    old, new = flat(before.model_dump(mode="json")), flat(after.model_dump(mode="json"))
-    for field in sorted(old.keys() | new.keys()):
-        if old.get(field) != new.get(field):
-            yield field, old.get(field), new.get(field)
+def _changes_since(path: Path, state: TrainState, recipe: Recipe) -> list[Change]:
+    """Every field that differs from the recipe of a checkpoint."""
+    before = parse_recipe(state.recipe, f"{path}/state.json")
+    old, new = flat(before.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
+    fields = sorted(old.keys() | new.keys())
+    return [(field, old.get(field), new.get(field)) for field in fields if old.get(field) != new.get(field)]
 
 
 def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,43 +14,48 @@ from longtrain.train.assemble import Run
 from longtrain.train.checkpoint import check_together, together
 from longtrain.train.checkpoint_folder import complete, set_aside
 from longtrain.train.guards import check_skips, good_checkpoints, step_of
-from longtrain.train.resume import CHECKPOINTS, restore
-from longtrain.train.tracking import METRICS_FILE
+from longtrain.train.resume import CHECKPOINTS, Damaged, restore
+from longtrain.train.watchdog import Beat
 
 
-def answer_skips(run: Run) -> bool:
+def answer_skips(run: Run, beat: Beat = lambda step, phase: None) -> bool:
     """After too many steps in a row without an update: rolls the run back, as often as its recipe allows, or ends it.
 
-    A collective of all ranks; whether it went back. Raises TrainingError as `check_skips`: where the recipe says stop, the
-    roll-backs are used up, or there is no sound checkpoint to go back to.
+    A collective of all ranks; whether it went back. beat: the watchdog's. Raises TrainingError as `check_skips`: where the recipe
+    says stop, the roll-backs are used up, or there is no sound checkpoint to go back to.
     """
     recipe, progress, folder = run.plan.recipe, run.progress, run.folder / CHECKPOINTS
     if progress.skipped_in_row < recipe.training.max_skipped:
         return False
-    guards = recipe.guards
+    guards, damaged = recipe.guards, []
     if guards.on_max_skipped is SkipAction.ROLL_BACK and progress.roll_backs < guards.max_roll_backs:
+        beat(progress.step, "save")
         run.settle()
-        target = _target(run.ctx, lambda: good_checkpoints(progress, folder))
+        beat(progress.step, "roll-back")
+        target, damaged = _target(run.ctx, lambda: good_checkpoints(progress, folder))
+        for path, reason in damaged:
+            run.trackers.say(f"WARNING: passed over {path.name}: {reason}")
         if target is not None:
-            _go_back(run, target)
+            _go_back(run, target, beat)
             return True
-    check_skips(progress, recipe.training.max_skipped, folder)
+    check_skips(progress, recipe.training.max_skipped, folder, damaged=[path for path, _ in damaged])
     return False
 
 
-def _target(ctx: ParallelContext, good: Callable[[], list[Path]]) -> Path | None:
-    """The newest of the good checkpoints whose every byte is what was written."""
+def _target(ctx: ParallelContext, good: Callable[[], Sequence[Path]]) -> tuple[Path | None, list[Damaged]]:
+    """The newest of the good checkpoints whose every byte is what was written, and those that were passed over for it."""
     names: list[str] = _ask_main(ctx, lambda: [str(path) for path in good()])
+    damaged: list[Damaged] = []
     for path in map(Path, reversed(names)):
         try:
             check_together(ctx, path)
-            return path
-        except CheckpointError:
-            continue
-    return None
+            return path, damaged
+        except CheckpointError as error:
+            damaged.append((path, str(error)))
+    return None, damaged
 
 
-def _go_back(run: Run, target: Path) -> None:
+def _go_back(run: Run, target: Path, beat: Beat) -> None:
     """Weights, moments and steps of `target`; the data cursor stays where it is. The checkpoint is then saved again with that
     cursor, so that a run which is killed from here on resumes past the bad data too."""
     before = run.progress
@@ -68,8 +71,8 @@ def _go_back(run: Run, target: Path) -> None:
         roll_backs=before.roll_backs + 1,
         sound=restored.step,
     )
-    if run.ctx.is_main:
-        drop_reports(run.folder / METRICS_FILE, restored.step)
+    # only the main rank has trackers: an error of theirs must reach the others, which would wait for it in the save
+    together(run.ctx, lambda: run.trackers.go_back(restored.step))
     guards = run.plan.recipe.guards
     run.trackers.say(
         f"WARNING: step {before.step}: the last {before.skipped_in_row} steps updated nothing: rolled back to {target.name}, "
@@ -78,23 +81,13 @@ def _go_back(run: Run, target: Path) -> None:
     )
     for line in aside:
         run.trackers.say(line)
+    beat(restored.step, "save")
     run.save()
 
 
 def _set_later_aside(target: Path) -> list[str]:
     later = [path for path in complete(target.parent) if step_of(path) > step_of(target)]
     return [f"{path.name} is now {set_aside(path).name}" for path in later]
-
-
-def drop_reports(metrics: Path, step: int) -> None:
-    """Cuts reports of later steps off metrics.jsonl, as a resumed run does; in place, because it is open for appending."""
-    end = 0
-    with metrics.open("rb") as file:
-        for line in file:
-            if json.loads(line)["step"] > step:
-                break
-            end += len(line)
-    os.truncate(metrics, end)
 
 
 def _ask_main(ctx: ParallelContext, action: Callable[[], Any]) -> Any:

@@ -40,6 +40,9 @@ class Tracker(Protocol):
     def keep(self, paths: Sequence[Path]) -> None:
         """Files and folders of the run that are worth keeping: plots, the exported model."""
 
+    def go_back(self, step: int) -> None:
+        """The run is at this step again: what was reported of later ones no longer counts."""
+
     def close(self) -> None:
         """Nothing comes after this."""
 
@@ -49,13 +52,21 @@ class JsonLines(Tracker):
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         """Goes on after `resumed_step`: later lines, of steps that will be done again, and a torn last line are dropped."""
-        rows = [row for row in read_metrics(path) if row["step"] <= resumed_step]
-        replace_durably(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._file = path.open("a")
+        self._path = path
+        self._open(resumed_step)
+
+    def _open(self, step: int) -> None:
+        rows = [row for row in read_metrics(self._path) if row["step"] <= step]
+        replace_durably(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._file = self._path.open("a")
 
     def log(self, metrics: Metrics) -> None:
         self._file.write(json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n")
         self._file.flush()
+
+    def go_back(self, step: int) -> None:
+        self._file.close()
+        self._open(step)
 
     def close(self) -> None:
         self._file.close()
@@ -91,6 +102,10 @@ class Terminal(Tracker):
     def say(self, text: str) -> None:
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
+    def go_back(self, step: int) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
@@ -125,6 +140,9 @@ class Background(Tracker):
 
     def keep(self, paths: Sequence[Path]) -> None:
         self._post(lambda tracker: tracker.keep(paths))
+
+    def go_back(self, step: int) -> None:
+        self._post(lambda tracker: tracker.go_back(step))
 
     def close(self) -> None:
         """Waits for what is still to be told, but no longer than `patience` seconds."""
@@ -193,6 +211,10 @@ class Trackers:
         for tracker in self._trackers:
             tracker.keep(paths)
 
+    def go_back(self, step: int) -> None:
+        for tracker in self._trackers:
+            tracker.go_back(step)
+
     def close(self) -> None:
         for tracker in self._trackers:
             tracker.close()
@@ -203,7 +225,9 @@ def summary(metrics: Metrics) -> str:
     parts = [f"loss {metrics.loss:.4f}"]
     if metrics.eval_loss is not None:
         parts.append(f"held-out {metrics.eval_loss:.4f}")
-    parts += [f"lr {metrics.lr:.2e}", f"grad {metrics.grad_norm:.2f}", f"{metrics.tokens_per_second:,.0f} tokens/s"]
+    # of a step that was skipped it is not known: what made the update impossible is in the gradients
+    norm = f"{metrics.grad_norm:.2f}" if math.isfinite(metrics.grad_norm) else "-"
+    parts += [f"lr {metrics.lr:.2e}", f"grad {norm}", f"{metrics.tokens_per_second:,.0f} tokens/s"]
     if metrics.tokens_per_second != metrics.tokens_per_second_per_rank:
         parts.append(f"({metrics.tokens_per_second_per_rank:,.0f} a rank)")
     if metrics.mfu_causal is not None and metrics.mfu_full is not None:

@@ -9,10 +9,12 @@ own.
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -33,17 +35,28 @@ LOOKS = 10
 SLOW = 4
 """How many times as long the first step, which compiles, and a roll-back, which reads a checkpoint, may take."""
 
+Beat = Callable[[int, str], None]
+"""Told of every phase that begins, with the number of its step."""
+
+
+def longest_patience(ctx: ParallelContext) -> float:
+    """Seconds without a sign of life after which the stacks are on disk before a collective gives up, which ends its process."""
+    return math.inf if ctx.world == 1 else (ctx.timeout.total_seconds() - GRACE) / (1 + 3 / LOOKS)
+
 
 class Watchdog:
     """A context in which every `seconds` must bring a sign of life; None: whatever happens. One at a time in a process.
 
     folder: of the run. Signs of life are `beat`, `alive` and, in the phase "save", that files of this rank's checkpoint grow. Else
     the stacks of all threads of all ranks go to `folder`/stacks, and the processes end with exit code STUCK, after at most
-    1.3 x `seconds` + GRACE. A process that was stopped as a whole, as by a debugger, has its time again when it goes on.
+    1.3 x `seconds` + GRACE; SLOW times `seconds` where that is said, and never more than `longest_patience`. A process that was
+    stopped as a whole, as by a debugger, has its time again when it goes on.
     """
 
     def __init__(self, ctx: ParallelContext, folder: Path, seconds: float | None) -> None:
-        self._rank, self._world, self._folder, self._seconds = ctx.rank, ctx.world, folder, seconds
+        self._rank, self._world, self._folder = ctx.rank, ctx.world, folder
+        self._longest = longest_patience(ctx)
+        self._seconds = None if seconds is None else min(seconds, self._longest)
         self._at = (0, "start")
         self._first: int | None = None
         self._own = self._all = 0
@@ -89,7 +102,7 @@ class Watchdog:
                 seen, heard = signs, now
             looked = now
             step, phase = self._at
-            patience = seconds * (SLOW if step == self._first or phase == "roll-back" else 1)
+            patience = min(seconds * (SLOW if step == self._first or phase == "roll-back" else 1), self._longest)
             if self._others_end or now - heard > patience:
                 self._end(now - heard)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from longtrain.errors import CheckpointError
@@ -187,6 +191,21 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "frozen": (_edited(MODEL, lambda c: c.update(frozen_param_shapes={"a": torch.Size([1])})), "some parameters were frozen"),
     "latest": (lambda s: (s.parent / "latest").write_text("../elsewhere"), "is not the name of a folder beside it"),
     "no step": (lambda s: (s.parent / "latest").write_text("global_step9"), "names global_step9, which is not there"),
+    "climbing": (lambda s: (s.parent / "latest").write_text(".."), "is not the name of a folder beside it"),
+    "endless name": (lambda s: (s.parent / "latest").write_text("g" * 5000), "is not the name of a folder beside it"),
+    "endless rank": (
+        lambda s: shutil.copy(s / RANK_0, s / f"zero_pp_rank_{'9' * 30}_mp_rank_00_optim_states.pt"),
+        "the optim_states file of rank 2 is missing",
+    ),
+    "ranks": (
+        _edited(RANK_0, lambda c: c["optimizer_state_dict"].update(partition_count=[None, "2"])),
+        f"{RANK_0}: field partition_count does not say how many ranks",
+    ),
+    "paddings": (
+        _edited(RANK_0, lambda c: c["optimizer_state_dict"].update(param_alignment_paddings=[[0], None])),
+        f"{RANK_0}: field param_alignment_paddings has not one number for every parameter",
+    ),
+    "negative": (_edited(MODEL, lambda c: c["param_shapes"][0].update(a=(-1,))), f"{MODEL}: field param_shapes does not name"),
     "nothing": (lambda s: [path.unlink() for path in s.glob("*.pt")], "has no file .*_optim_states.pt of ZeRO"),
 }
 
@@ -216,3 +235,63 @@ def test_the_command(saved: Path, tmp_path: Path) -> None:
     refused = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --config goes with a folder that DeepSpeed wrote")
+
+
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.text(max_size=3)
+    | st.integers(-3, 3)
+    | st.sampled_from([2**62, -(2**70)])
+    | st.builds(lambda: 10**5000)  # more digits than Python writes
+    | st.builds(torch.ones, st.lists(st.integers(0, 3), max_size=2).map(tuple))
+    | st.sampled_from([torch.ones(4).to_sparse(), torch.ones(4, device="meta"), torch.ones(1).expand(9), torch.Size([2, 2])]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2) | st.integers(0, 2), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def _places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where something stands in nested containers."""
+    if path:
+        yield path
+    inner = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list | tuple) else ()
+    for key, value in inner:
+        yield from _places(value, (*path, key))
+
+
+def _with(content: Any, path: tuple[Any, ...], value: Any) -> Any:
+    """A copy with another value at one place."""
+    if not path:
+        return value
+    copy = dict(content) if isinstance(content, dict) else list(content)
+    copy[path[0]] = _with(content[path[0]], path[1:], value)
+    return tuple(copy) if isinstance(content, tuple) else copy
+
+
+@cache
+def _content(file: Path) -> tuple[Any, list[tuple[Any, ...]]]:
+    """What a file holds, and the places in what is read of it."""
+    content = torch.load(file, weights_only=False)
+    read = {"optimizer_state_dict", "param_shapes", "frozen_param_shapes"}
+    unread = {"base_optimizer_state", "loss_scaler", "ds_config", "group_paddings"}
+    return content, [p for p in _places(content) if p[0] in read and not unread & set(p) and p[:2].count(p[0]) == 1]
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("name", ["two-1", "two-1-bf16", "two-3"])
+def test_whatever_stands_in_a_file_there_is_no_traceback(saved: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
+    step = saved / name / "global_step2"
+    file = data.draw(st.sampled_from(sorted(step.glob("*.pt"))))
+    content, places = _content(file)
+    folder = tmp_path / name
+    if not folder.exists():
+        shutil.copytree(step, folder)
+    torch.save(_with(content, data.draw(st.sampled_from(places)), data.draw(ODD)), folder / file.name)
+    with contextlib.suppress(CheckpointError):
+        weights = open_deepspeed(folder)
+        for parameter in weights.shapes:
+            weights.read(parameter)
+    shutil.copy(file, folder / file.name)

@@ -17,7 +17,7 @@ from longtrain.errors import PlanError
 from longtrain.recipe.schema import TrackingSection, Wandb
 from longtrain.train import experiment
 from longtrain.train.checkpoint_format import read_state
-from longtrain.train.experiment import check_installed, choose_id, experiment_trackers
+from longtrain.train.experiment import TensorboardLog, check_installed, choose_id, experiment_trackers
 from longtrain.train.metrics import Metrics
 from tests.fake_wandb import FakeWandb
 from tests.user import REPOSITORY, Said, train
@@ -237,12 +237,42 @@ def test_tensorboard(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert writer.texts == {"recipe": "    a: 1"}
 
 
+def test_tensorboard_of_a_run_that_goes_on_and_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = FakeWriter  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    (tracker,) = experiment_trackers(
+        TrackingSection(tensorboard=True), name="t", run_id=None, folder=tmp_path, done=3, config={}, say=lambda _: None
+    )
+    tracker.log(replace(REPORT, step=4))
+    tracker.go_back(2)
+    tracker.log(replace(REPORT, step=3))
+    tracker.close()
+    before, after = (FakeWriter.made.pop(0) for _ in range(2))
+    assert (before.purge_step, after.purge_step) == (4, 3)
+    assert {step for _, _, step in before.scalars} == {4}
+    assert {step for _, _, step in after.scalars} == {3}
+
+
 def test_real_tensorboard(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert tracked(TrackingSection(tensorboard=True), tmp_path, REPORT) == []
     read = events.EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
     assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 2.5)]
+
+
+def test_real_tensorboard_of_a_run_that_goes_back(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker = TensorboardLog(tmp_path, 0, {})
+    for step in (1, 2, 3):
+        tracker.log(replace(REPORT, step=step))
+    tracker.go_back(1)
+    tracker.log(replace(REPORT, step=2, loss=9.0))
+    tracker.close()
+    read = events.EventAccumulator(str(tmp_path))
+    read.Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 2.5), (2, 9.0)]
 
 
 @pytest.mark.parametrize("mode", [Wandb.OFFLINE, Wandb.ONLINE])

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from longtrain.batch import IGNORE
 from longtrain.errors import LongtrainError, TrainingError
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine
@@ -188,6 +189,56 @@ def test_a_spike_leaves_the_loss_scale_alone(scale: float) -> None:
     engine: Any = FakeScaler(scale)
     assert step_poisoned(engine) == "stepped"
     assert engine.state == {"cur_scale": scale, "cur_iter": 7.0}
+
+
+def _train_bare(ctx: ParallelContext, runs: Sequence[tuple[Sequence[str], float]]) -> list[str]:
+    """What was printed. The last micro batch of every step has no label, on any rank; the loss of the first one in step 6 is
+    multiplied on the last rank."""
+    said = []
+    for overrides, factor in runs:
+        plan = make_plan(tiny_recipe(*overrides), ctx.world, "cpu")
+        split, _ = open_data(plan)
+        start = choose(plan.recipe, split, "auto")
+        calls, forward = 0, Engine.forward
+
+        def spoilt(engine: Engine, *arguments: Any) -> Any:
+            nonlocal calls
+            if len(arguments) == 1:
+                return forward(engine, *arguments)  # noqa: B023
+            step, micro = divmod(calls, plan.accumulation)  # noqa: B023
+            calls += 1
+            tokens, positions, mask, labels, noise = arguments
+            last = micro == plan.accumulation - 1  # noqa: B023
+            loss = forward(engine, tokens, positions, mask, torch.full_like(labels, IGNORE) if last else labels, noise)  # noqa: B023
+            assert not (last and loss)
+            mine = ctx.rank == ctx.world - 1 and step == 5 and micro == 0
+            return loss * factor if mine else loss  # noqa: B023
+
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as text:
+            patch.setattr(Engine, "forward", spoilt)
+            run_training(plan, ctx, split, start, until=None, evaluate=None)
+        said.append(text.getvalue())
+    return said
+
+
+@pytest.mark.parametrize(("world", "stages"), [(1, (0, 2)), (2, (1, 3))])
+def test_a_last_micro_batch_without_a_label_carries_the_verdict(tmp_path: Path, world: int, stages: Sequence[int]) -> None:
+    """Its loss is 0, and what makes the engine skip is the gradient of that: 0 x NaN in the head's weight."""
+    write_corpus(tmp_path / "data", 11)
+    runs = []
+    for stage in stages:
+        for name, factor in (("inf", math.inf), ("spike", 10.0)):
+            own = [f"data.path={tmp_path / 'data'}", *SPIKY, f"output={tmp_path / f'{name}-{stage}'}", f"zero.stage={stage}"]
+            runs.append(([*own, "guards.on_spike=skip", "training.micro_batch_size=1"], factor))
+    said = run_ranks(_train_bare, world, runs)[0]
+    for (overrides, factor), text in zip(runs, said, strict=True):
+        reason = "WARNING: loss " if math.isfinite(factor) else "a loss or gradient was not finite"
+        [line] = [line for line in text.splitlines() if line.startswith(f"step 6: {reason}")]
+        assert line.endswith("; nothing was updated, on any rank"), overrides
+        folder = Path(overrides[-4].removeprefix("output=")) / CHECKPOINTS
+        found = [[path.read_bytes() for path in sorted((folder / f"step-{step:08d}").glob("rank-*"))] for step in (5, 6, 7)]
+        assert found[0] == found[1] != found[2], overrides
+        assert len(found[0]) == world
 
 
 SPIKY = ["training.steps=8", "checkpoint.every=1", "checkpoint.keep=9", "schedule.kind=constant", "guards.spike_window=5"]

@@ -146,6 +146,14 @@ def test_a_skipped_update_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stage.seen.said == ["step 2: a loss or gradient was not finite; nothing was updated, on any rank"]
 
 
+def test_every_phase_is_told_when_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(monkeypatch, "checkpoint.every=2", skips=[1])
+    beats: list[tuple[int, str]] = []
+    loop.train(stage.run, until=3, beat=lambda step, phase: beats.append((step, phase)))
+    begins = {step: [(step, "data"), (step, "agreement on the step")] for step in (1, 2, 3)}
+    assert beats == [*begins[1], *begins[2], (2, "save"), *begins[3], (3, "save")], "a step that is skipped is no roll-back"
+
+
 def test_a_report_holds_these_keys_and_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [field.name for field in fields(Metrics)] == KEYS
     stage = Stage(monkeypatch, *CADENCE)
@@ -221,3 +229,27 @@ def test_a_run_of_two_ranks(tmp_path: Path) -> None:
     assert f"resuming {folder}/checkpoints/step-00000007 (step 7)" in third
     assert f"nothing to do: {folder} is at step 10 already; to train on, raise training.steps, now 10" in idle
     assert "saved" not in idle
+
+
+def _again(ctx: ParallelContext, overrides: Sequence[str], drawn: str) -> None:
+    """A run, to its end."""
+    plan = make_plan(tiny_recipe(*overrides), ctx.world, "cpu")
+    split, _ = open_data(plan)
+    with redirect_stdout(io.StringIO()):
+        start = choose(plan.recipe, split, "auto")
+        run_training(plan, ctx, split, start, until=None, evaluate=None, draw=lambda: Path(drawn).write_text("plot") and [])
+
+
+def test_a_finished_run_that_is_started_again_touches_no_file(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "data", 12)
+    folder = tmp_path / "run"
+    overrides = [f"data.path={tmp_path / 'data'}", f"output={folder}", "training.steps=2"]
+    run_ranks(_again, 1, overrides, str(folder / "loss.png"))
+
+    def seen() -> dict[Path, tuple[int, int]]:
+        return {path: ((stat := path.stat()).st_mtime_ns, stat.st_ino) for path in (folder, *folder.rglob("*"))}
+
+    before = seen()
+    assert folder / "loss.png" in before
+    run_ranks(_again, 1, overrides, str(folder / "loss.png"))
+    assert seen() == before

@@ -120,15 +120,17 @@ class Way:
 BF16, OFFLOAD = ("training.precision=bf16",), ("zero.offload=cpu",)
 EVERY = [Way(stage, a, sequences) for stage in range(4) for a in (1, 2) for sequences in (10, 7)]
 LOW = [Way(stage, 2, 10, more) for stage in (1, 2, 3) for more in (BF16, BF16 + OFFLOAD)]
-FULL = Way(0, 1, 7, ("training.activations=full",))
-SHORT = {(1, 1): [FULL], (2, 1): [Way(3, 2, 10)], (1, 2): [Way(1, 1, 10)]}
+DROPOUT = ("model.dropout=0.2", "model.attention_dropout=0.2")
+NOISY = [Way(stage, 2, 7, DROPOUT) for stage in range(4)]
+FULL = Way(0, 1, 7, ("training.activations=full", *DROPOUT))
+SHORT = {(1, 1): [FULL], (2, 1): [Way(3, 2, 10)], (1, 2): [Way(1, 1, 10, DROPOUT)]}
 
 
 @pytest.mark.parametrize(
     ("dp", "cp", "ways"),
     [
         *(pytest.param(*grid, ways, id="{}x{}".format(*grid)) for grid, ways in SHORT.items()),
-        *(pytest.param(*grid, EVERY + LOW, marks=LONG, id="{}x{} in every way".format(*grid)) for grid in SHORT),
+        *(pytest.param(*grid, EVERY + LOW + NOISY, marks=LONG, id="{}x{} in every way".format(*grid)) for grid in SHORT),
     ],
 )
 def test_resuming_is_invisible(tmp_path: Path, dp: int, cp: int, ways: Sequence[Way]) -> None:

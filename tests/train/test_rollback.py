@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -19,20 +18,24 @@ from longtrain.train import checkpoint
 from longtrain.train.assemble import Run, open_data
 from longtrain.train.checkpoint_format import TrainState, read_state
 from longtrain.train.loop import save_due
+from longtrain.train.metrics import Metrics
 from longtrain.train.resume import CHECKPOINTS, choose, restore
-from longtrain.train.rollback import drop_reports
 from longtrain.train.run import run_training
 from longtrain.train.state import Progress
-from longtrain.train.tracking import METRICS_FILE, read_metrics
+from longtrain.train.tracking import METRICS_FILE, JsonLines, read_metrics
+from longtrain.train.watchdog import Watchdog
 from tests.distributed import run_ranks
 from tests.tiny import tiny_recipe, write_corpus
 
 STEPS, BATCH, LENGTH = 6, 4, 48
 
 
-def _train(ctx: ParallelContext, overrides: Sequence[str], broken: Sequence[int], stop: bool = False) -> tuple[str, str, list[int]]:
+def _train(
+    ctx: ParallelContext, overrides: Sequence[str], broken: Sequence[int], stop: bool = False, flipped: Sequence[str] = ()
+) -> tuple[str, str, list[int]]:
     """What was printed, the refusal, and the data cursor of every forward. broken: positions of the data, in steps from 0, whose
-    loss is infinite on the last rank. stop: whether to be stopped right after a roll-back."""
+    loss is infinite on the last rank. stop: whether to be stopped right after a roll-back. flipped: files in which a bit flips
+    when the first loss is infinite."""
     plan = make_plan(tiny_recipe(*overrides), ctx.world, "cpu")
     split, _ = open_data(plan)
     start = choose(plan.recipe, split, "auto")
@@ -46,6 +49,10 @@ def _train(ctx: ParallelContext, overrides: Sequence[str], broken: Sequence[int]
         if len(arguments) == 1:  # the probe at the start
             return loss
         cursors.append(runs[0].progress.sequences if runs else 0)
+        if cursors[-1] == BATCH * min(broken, default=-1) not in cursors[:-1]:
+            for file in map(Path, flipped):
+                data = file.read_bytes()
+                file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         return loss + float("inf") if ctx.rank == ctx.world - 1 and cursors[-1] // BATCH in broken else loss
 
     def asked() -> bool:
@@ -116,6 +123,10 @@ def test_going_back(tmp_path: Path, world: int) -> None:
         assert rows[0] == rows[1]
 
 
+def metrics_of(step: int) -> Metrics:
+    return Metrics(step, 2.5, None, 1e-3, 0.5, 1344, 3000.0, 1500.0, 0.064, None, None, 1.25)
+
+
 TIMES = ("tokens_per_second", "tokens_per_second_per_rank", "step_seconds", "memory_gib", "save_seconds")
 
 
@@ -141,31 +152,85 @@ def test_going_back_ends(tmp_path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_no_place_to_go_back_to(tmp_path: Path) -> None:
+    """5 may be spoilt; 4 would be good, but for its bytes."""
+    write_corpus(tmp_path / "data", 31)
+    common = [f"data.path={tmp_path / 'data'}", "checkpoint.every=1", "checkpoint.keep=9", "training.steps=8"]
+    common += ["training.max_skipped=2", "guards.on_max_skipped=roll_back"]
+    runs = []
+    for name, steps in (("newest", [4]), ("all", [1, 2, 3, 4])):
+        files = [str(tmp_path / name / CHECKPOINTS / f"step-{step:08d}/rank-00000.safetensors") for step in steps]
+        runs.append(([*common, f"output={tmp_path / name}"], [5, 6], False, files))
+    newest, every = run_ranks(_train_all, 1, runs)[0]
+    said, refused, _ = newest
+    assert refused == ""
+    file = tmp_path / "newest" / CHECKPOINTS / "step-00000004/rank-00000.safetensors"
+    assert f"WARNING: passed over step-00000004: {file}: SHA-256 differs from the manifest" in said
+    assert "rolled back to step-00000003" in said
+    assert "step-00000004 is now step-00000004.damaged" in said
+    said, refused, _ = every
+    assert said.count("WARNING: passed over step-") == 4
+    assert "rolled back" not in said
+    assert "the last 2 steps updated nothing" in refused
+    assert "there is no checkpoint from before that" in refused
+
+
+def _broken_reports(ctx: ParallelContext, overrides: Sequence[str]) -> str:
+    """The refusal of this rank. The main rank cannot cut its reports."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JsonLines, "go_back", full)
+        return _train(ctx, overrides, [3, 4])[1]
+
+
+def test_an_error_of_the_main_rank_ends_all(tmp_path: Path) -> None:
     write_corpus(tmp_path / "data", 31)
     common = [f"data.path={tmp_path / 'data'}", "checkpoint.every=1", "checkpoint.keep=9", f"output={tmp_path / 'run'}"]
     common += ["training.max_skipped=2", "guards.on_max_skipped=roll_back"]
-    run_ranks(_train_all, 1, [([*common, "training.steps=4"], [])])
-    part = tmp_path / "run" / CHECKPOINTS / "step-00000003/rank-00000.safetensors"
-    data = bytearray(part.read_bytes())
-    data[-1] ^= 1
-    part.write_bytes(data)
-    (said, refused, _), *_ = run_ranks(_train_all, 1, [([*common, "training.steps=8"], [5, 6])])[0]
-    assert refused == ""
-    # 5 may be spoilt; 4 is good
-    assert "rolled back to step-00000004" in said
+    refused = run_ranks(_broken_reports, 2, common, timeout=60)
+    assert refused == ["CheckpointError: rank 0: OSError: [Errno 28] No space left on device"] * 2
 
 
-def test_reports_are_cut_in_place(tmp_path: Path) -> None:
+def _phases(ctx: ParallelContext, overrides: Sequence[str]) -> list[tuple[int, str]]:
+    beats: list[tuple[int, str]] = []
+    beat = Watchdog.beat
+
+    def recorded(watchdog: Watchdog, step: int, phase: str) -> None:
+        beats.append((step, phase))
+        beat(watchdog, step, phase)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Watchdog, "beat", recorded)
+        _train(ctx, overrides, [3, 4])
+    return beats
+
+
+def test_only_going_back_is_called_that(tmp_path: Path) -> None:
+    """The watchdog has more patience with it: a step that was skipped is none."""
+    write_corpus(tmp_path / "data", 31)
+    common = [f"data.path={tmp_path / 'data'}", "checkpoint.every=1", "checkpoint.keep=9", f"output={tmp_path / 'run'}"]
+    common += ["training.max_skipped=2", "guards.on_max_skipped=roll_back", "training.steps=5"]
+    beats = run_ranks(_phases, 1, common)[0]
+    assert beats.count((5, "roll-back")) == 1 == [phase for _, phase in beats].count("roll-back")
+    place = beats.index((5, "roll-back"))
+    assert beats[place - 2 : place + 3] == [(5, "update"), (5, "save"), (5, "roll-back"), (2, "save"), (3, "data")]
+
+
+def test_reports_are_cut(tmp_path: Path) -> None:
     path = tmp_path / METRICS_FILE
-    lines = [json.dumps({"step": step, "loss": None}) + "\n" for step in (2, 4, 6)]
-    with path.open("a") as file:
-        file.writelines(lines)
-        file.flush()
-        drop_reports(path, 6)
-        assert path.read_text() == "".join(lines)
-        drop_reports(path, 5)
-        file.write("next\n")
-    assert path.read_text() == "".join(lines[:2]) + "next\n"
+    tracker = JsonLines(path, 0)
+    for step in (2, 4, 6):
+        tracker.log(metrics_of(step))
+    whole = path.read_text().splitlines()
+    tracker.go_back(6)
+    assert path.read_text().splitlines() == whole
+    tracker.go_back(5)
+    tracker.log(metrics_of(5))
+    tracker.close()
+    assert path.read_text().splitlines()[:-1] == whole[:2]
+    assert [row["step"] for row in read_metrics(path)] == [2, 4, 5]
 
 
 def test_states_of_older_checkpoints_load(monkeypatch: pytest.MonkeyPatch) -> None:

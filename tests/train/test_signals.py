@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def _signal_in(phase: str, number: signal.Signals, mine: bool) -> Iterator[None]
         calls += 1
         if mine and calls == at:
             if phase == "first compile":
-                # it comes while this process waits for another one, as for an assembler
+                # it comes while this process waits for another one, as for a compiler; test_while_the_compiler_works has a real one
                 subprocess.run(["sh", "-c", f"kill -{number:d} {os.getpid()}; sleep 0.1"], check=True)
             else:
                 os.kill(os.getpid(), number)
@@ -72,12 +73,12 @@ def _signal_in(phase: str, number: signal.Signals, mine: bool) -> Iterator[None]
 def _train(ctx: ParallelContext, overrides: Sequence[str], phase: str | None, number: signal.Signals) -> int:
     plan = make_plan(tiny_recipe(*overrides), ctx.world, "cpu")
     split, unseen = open_data(plan)
-    assert unseen is not None
-    batches = held_out(unseen, 2, micro_batch_size=1, dp=plan.dp, dp_rank=ctx.dp_rank)
+    batches = () if unseen is None else held_out(unseen, 2, micro_batch_size=1, dp=plan.dp, dp_rank=ctx.dp_rank)
 
-    def evaluate(run: Run) -> Any:
+    def held_out_losses(run: Run) -> Any:
         return held_out_loss(run.engine, run.plan, run.ctx, batches)
 
+    evaluate = held_out_losses if batches else None
     start = choose(plan.recipe, split, "auto")
     ctx.all_gather_text("chosen")
     with StopSignals(lambda text: None) as stop, redirect_stdout(io.StringIO()):
@@ -127,6 +128,55 @@ def test_every_phase(tmp_path: Path, world: int, cp: int) -> None:
             assert ended == STEPS
         verify(tmp_path / phase / CHECKPOINTS)
         assert _learnt(tmp_path / phase) == wanted, phase
+
+
+COMPILER = """#!/bin/sh
+case "$*" in *.cpp*) mkdir {mark} 2> /dev/null && kill -{number:d} {rank} && sleep 0.2 ;; esac
+exec {compiler} "$@"
+"""
+
+
+def _train_compiled(ctx: ParallelContext, overrides: Sequence[str], folder: str) -> int:
+    """The step at which a run ends whose model is compiled by torch.compile, with a cache in `folder`. The first time that
+    torch's compiler runs the one for C++, that one sends SIGTERM to this process, which waits for it."""
+    from torch._inductor import config
+
+    build, compiler, tools = assembly.build_model, shutil.which("g++"), Path(folder)
+    place = {"mark": tools / "asked", "rank": os.getpid(), "compiler": compiler, "number": signal.SIGTERM}
+    (tools / "g++").write_text(COMPILER.format(**place))
+    (tools / "g++").chmod(0o755)
+
+    def compiled(*arguments: Any) -> Any:
+        model = build(*arguments)
+        model.compile(dynamic=False)
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(assembly, "build_model", compiled)
+        patch.setattr(config.cpp, "cxx", (str(tools / "g++"),))
+        patch.setattr(config, "compile_threads", 1)
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tools / "cache"))
+        return _train(ctx, overrides, None, signal.SIGTERM)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler for C++")
+def test_while_the_compiler_works(tmp_path: Path) -> None:
+    """No recipe compiles its model, so that on a CPU nothing is compiled in the first step (on a GPU it is Triton that is); here
+    all of it is, by torch.compile, and the compiler for C++ itself sends the signal."""
+    write_corpus(tmp_path / "data", 7)
+    (tools := tmp_path / "tools").mkdir()
+    common = [f"data.path={tmp_path / 'data'}", f"training.steps={STEPS}", "checkpoint.every=2", "model.layers=1"]
+    ends = []
+    for name in ("stopped", "stopped", "straight"):
+        ends += run_ranks(_train_compiled, 1, [*common, f"output={tmp_path / name}"], str(tools), timeout=500)
+        assert (tools / "asked").exists()
+    assert ends == [1, STEPS, STEPS]
+    assert list((tools / "cache").rglob("*.so")), "it was compiled"
+    wanted = _learnt(tmp_path / "straight")
+    assert len(wanted) == 1
+    assert _learnt(tmp_path / "stopped") == wanted
 
 
 BLOCKED = """

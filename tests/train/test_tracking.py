@@ -142,6 +142,10 @@ def test_summaries() -> None:
     measured = replace(REPORT, mfu_causal=0.421, mfu_full=0.587)
     assert summary(measured).endswith("MFU 42.1% causal 58.7% full  0.2 GiB")
     assert short_summary(measured) == "loss 2.5000  2,000 tokens/s  MFU 42.1%"
+    for norm in (math.inf, math.nan):
+        assert "lr 1.00e-03  grad -  2,000 tokens/s" in summary(replace(REPORT, grad_norm=norm)), (
+            "of a skipped step it is not known"
+        )
     assert "a rank" not in summary(replace(REPORT, tokens_per_second_per_rank=2000.0))
 
 

@@ -10,6 +10,8 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from longtrain.train import watchdog as watchdog_module
 from longtrain.train.assemble import open_data
 from longtrain.train.resume import choose
 from longtrain.train.run import run_training
-from longtrain.train.watchdog import GRACE, LOOKS, STACKS, STUCK, Watchdog
+from longtrain.train.watchdog import GRACE, LOOKS, STACKS, STUCK, Watchdog, longest_patience
 from tests.distributed import run_ranks, start_ranks
 from tests.one_rank import OneRank
 from tests.tiny import tiny_recipe, write_corpus
@@ -117,6 +119,37 @@ def test_slow_is_not_stuck(tmp_path: Path) -> None:
     more = ["evaluation.every=1", "training.batch_size=2"]
     assert run_ranks(_train, 2, _recipe(tmp_path, "run", 1.0, *more), None, str(tmp_path / "mark"), 0.6) == [3, 3]
     assert not (tmp_path / "run" / STACKS).exists()
+
+
+def test_the_stacks_come_before_a_collective_gives_up() -> None:
+    ctx = OneRank().ctx
+    assert longest_patience(ctx) == float("inf"), "one rank alone is in no collective"
+    # as `launch.start` makes it by default
+    default = replace(ctx, world=2, timeout=ParallelContext.timeout)
+    longest = longest_patience(default)
+    assert 1800 < longest < 4 * 1800, "what a recipe has by default is not touched but in the first step"
+    assert longest * (1 + 3 / LOOKS) + GRACE <= default.timeout.total_seconds() == 3600
+
+
+def _first_step(ctx: ParallelContext, folder: str, mark: str) -> None:
+    """The first step hangs on all ranks; collectives would wait for `CAP` seconds."""
+    short = replace(ctx, timeout=timedelta(seconds=CAP))
+    with Path(f"{mark}-{ctx.rank}").open("w") as said, redirect_stderr(said), Watchdog(short, Path(folder), 3600.0) as watchdog:
+        watchdog.beat(1, "forward and backward")
+        time.sleep(3600)
+
+
+CAP = GRACE + 2.6
+
+
+def test_the_first_step_has_no_longer_than_a_collective(tmp_path: Path) -> None:
+    with start_ranks(_first_step, 2, str(tmp_path / "run"), str(tmp_path / "mark")) as ranks:
+        begin = time.monotonic()
+        for process in ranks.processes:
+            process.join(60)
+        assert [process.exitcode for process in ranks.processes] == [STUCK, STUCK]
+        assert time.monotonic() - begin < 30
+    assert len(list((tmp_path / "run" / STACKS).iterdir())) == 2
 
 
 def test_alone_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

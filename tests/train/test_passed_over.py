@@ -1,0 +1,150 @@
+"""Which checkpoint a run goes on from where newer ones cannot be loaded, and that it says so."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from longtrain.data.mixture import Split
+from longtrain.errors import CheckpointError
+from longtrain.plan import make_plan
+from longtrain.train import checkpoint
+from longtrain.train.assemble import open_data
+from longtrain.train.checkpoint import check_together
+from longtrain.train.checkpoint_folder import damage
+from longtrain.train.checkpoint_format import MANIFEST, Manifest, write_manifest
+from longtrain.train.resume import CHECKPOINTS, choose, confirm, state_of
+from longtrain.train.state import Progress
+from tests.one_rank import OneRank
+from tests.tiny import tiny_recipe, write_corpus
+
+TENSORS = "rank-00000.safetensors"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("data") / "data", 7)
+
+
+class Chain:
+    """The folder of a run with checkpoints 1, 2 and 3, the last of which may be of another recipe."""
+
+    def __init__(self, folder: Path, data: Path, *last: str) -> None:
+        self.overrides = (f"data.path={data}", f"output={folder}")
+        self.engine: Any = OneRank()
+        self.recipe = tiny_recipe(*self.overrides)
+        self.split: Split = open_data(make_plan(self.recipe, 1, "cpu"))[0]
+        self.steps = []
+        for step in (1, 2, 3):
+            recipe = tiny_recipe(*self.overrides, *(last if step == 3 else ()))
+            state = state_of(recipe, self.split, Progress(step), None)
+            self.steps.append(checkpoint.save(folder / CHECKPOINTS, self.engine, state, keep=3))
+
+    def start(self, wanted: str = "auto", *, force: bool = False) -> Any:
+        return confirm(self.engine.ctx, choose(self.recipe, self.split, wanted, force=force))
+
+
+def _flip(step: Path) -> None:
+    content = (step / TENSORS).read_bytes()
+    (step / TENSORS).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+
+
+def _sign(step: Path, **fields: Any) -> None:
+    """The manifest with other fields."""
+    text = json.loads((step / MANIFEST).read_text()) | fields
+    write_manifest(step / MANIFEST, Manifest.model_validate(text))
+
+
+def _rewrite(content: bytes) -> Callable[[Path], None]:
+    """A rank file that is something else, rightly signed."""
+
+    def change(step: Path) -> None:
+        (step / TENSORS).write_bytes(content)
+        files = json.loads((step / MANIFEST).read_text())["files"]
+        _sign(step, files=files | {TENSORS: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+
+    return change
+
+
+def _misshape(step: Path) -> None:
+    parameters = json.loads((step / MANIFEST).read_text())["parameters"]
+    parameters["a"]["shape"] = [2, 4]
+    _sign(step, parameters=parameters)
+
+
+def _holding(name: str, values: Tensor) -> Callable[[Path], None]:
+    return _rewrite(save({name: values}))
+
+
+SIGNED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "empty": (_rewrite(b""), f"{TENSORS}: not readable"),
+    "header": (_rewrite(b"\xff" * 64), f"{TENSORS}: not readable"),
+    "no range": (_holding("a", torch.ones(6)), f"{TENSORS}: tensor 'a' is not a flat fp32 range of a parameter"),
+    "endless place": (_holding(f"master/a@{'9' * 5000}", torch.ones(6)), "is not a flat fp32 range of a parameter"),
+    "number": (_holding("master/a@0", torch.tensor(1.0)), f"{TENSORS}: tensor 'master/a@0' is not a flat fp32 range"),
+    "half": (_holding("master/a@0", torch.ones(6).half()), f"{TENSORS}: tensor 'master/a@0' is not a flat fp32 range"),
+    "place": (_holding("master/a@9", torch.ones(6)), "elements 0 to 6 of master of parameter a are in none of its files"),
+    "hole": (_holding("master/a@0", torch.ones(4)), "elements 4 to 6 of master of parameter a are in none of its files"),
+    "shape": (_misshape, f"{MANIFEST}: parameter a of shape [2, 4] cannot have 6 elements"),
+}
+
+
+@pytest.mark.parametrize("what", SIGNED)
+def test_what_is_signed_and_cannot_be_loaded_is_passed_over(tmp_path: Path, data: Path, what: str) -> None:
+    change, message = SIGNED[what]
+    chain = Chain(tmp_path / "run", data)
+    *_, second, third = chain.steps
+    assert chain.start().checkpoint == third
+    change(third)
+    assert message in damage(third)[0]
+    with pytest.raises(CheckpointError) as refusal:
+        check_together(chain.engine.ctx, third)
+    assert message in str(refusal.value)
+    start = chain.start()
+    assert start.checkpoint == second
+    assert start.damaged == (third,)
+    assert start.remarks[0].startswith(f"WARNING: passed over {third.name}: {third}")
+    assert message in start.remarks[0]
+    assert start.remarks[1] == f"resuming {second} (step 2)"
+    with pytest.raises(CheckpointError) as refusal:
+        chain.start(str(third))
+    assert message in str(refusal.value), "one asked for by name is refused"
+
+
+def test_where_all_are_damaged_nothing_begins_anew(tmp_path: Path, data: Path) -> None:
+    chain = Chain(tmp_path / "run", data)
+    first, second, third = chain.steps
+    _flip(third)
+    SIGNED["header"][0](second)
+    (first / TENSORS).unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged") as refusal:
+        chain.start()
+    lines = str(refusal.value).splitlines()[1:4]
+    found = [line.strip().split(": ")[:2] for line in lines]
+    reasons = ["SHA-256 differs from the manifest; the checkpoint is damaged", "not readable", "missing; the checkpoint is damaged"]
+    assert [file for file, _ in found] == [str(step / TENSORS) for step in (third, second, first)]
+    assert all(reason.startswith(start) for (_, reason), start in zip(found, reasons, strict=True))
+
+
+def test_damage_comes_before_another_recipe(tmp_path: Path, data: Path) -> None:
+    chain = Chain(tmp_path / "run", data, "optimizer.lr=0.5")
+    *_, second, third = chain.steps
+    for wanted in ("auto", str(third)):
+        with pytest.raises(CheckpointError, match="is a checkpoint of another recipe"):
+            chain.start(wanted)
+    assert chain.start(force=True).checkpoint == third
+    _flip(third)
+    start = chain.start()
+    assert start.checkpoint == second
+    assert start.remarks[0].startswith(f"WARNING: passed over {third.name}: {third / TENSORS}: SHA-256 differs")
+    assert chain.start(force=True).checkpoint == second
+    with pytest.raises(CheckpointError, match=f"{TENSORS}: SHA-256 differs"):
+        chain.start(str(third))
