@@ -227,7 +227,8 @@ def check_resumed(kill: dict[str, Any], metrics: list[dict[str, Any]]) -> float:
 def figures(metrics: list[dict[str, Any]], steps: int, first: int) -> dict[str, Any]:
     """What is reported of a run; first: steps done when its last process began. SystemExit where the loss did not fall."""
     losses = [row["loss"] for row in metrics]
-    begin, end = statistics.mean(losses[:3]), statistics.mean(losses[-3:])
+    # the very first, before any update: the steps after it may be higher, and would flatter the fall
+    begin, end = losses[0], statistics.mean(losses[-3:])
     if len(metrics) != steps or metrics[-1]["skipped_steps"] or not end < begin:
         raise SystemExit(f"{len(metrics)} of {steps} steps, loss {begin:.3f} -> {end:.3f}: {losses}")
     counted = metrics[first + WARM :] or metrics[-1:]
