@@ -5,7 +5,7 @@ TORCHRUN := $(BIN)/torchrun --nproc-per-node 2
 # nproc-per-node 2 on two cores: one thread each, and no lecture from torchrun about it
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test test-faults test-gpu lint clean
+.PHONY: quickstart test test-faults test-gpu sanitize lint clean
 
 quickstart: $(VENV)/installed
 	test -e data/quickstart/manifest.json || \
@@ -25,6 +25,12 @@ test-faults: $(VENV)/installed-dev
 # on a machine that brings its own torch: make test-gpu BIN=/usr/bin, or run the pytest line
 test-gpu:
 	$(BIN)/python -m pytest -m gpu
+
+# every access of a sample of the attention kernels, on a GPU with CUDA's compute-sanitizer
+sanitize:
+	for tool in memcheck racecheck synccheck initcheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+	  --target-processes all --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu tests/kernels/test_flash_gpu.py \
+	  -k "odd_lengths and (63 or 111) and dtype0" || exit 1; done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -162,7 +162,7 @@ def keys_kernel(
     the query heads of a key head are summed here."""
     shape, band = (heads, group, queries, keys), (lo, hi)
     origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
-    i_n, i_bh, i_b, i_kh, i_none = place(shape[0] // shape[1], 1, HAS_HI and not HAS_LO)
+    i_n, _i_bh, i_b, i_kh, _i_none = place(shape[0] // shape[1], 1, HAS_HI and not HAS_LO)
     row = i_n * BLOCK_N
     o_n = row + tl.arange(0, BLOCK_N)
 

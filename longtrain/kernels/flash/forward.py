@@ -30,7 +30,7 @@ def forward_kernel(
     """out [B, Tq, H, DV] and lse [B, H, Tq]; INTO merges with what they hold. Grid: `place`, of queries."""
     shape, band = (heads, group, queries, keys), (lo, hi)
     origin, numbers = (q_start, k_start, stride), (scale, softcap, threshold, rescale)
-    i_m, i_bh, i_b, i_h, i_kh = place(shape[0], shape[1], HAS_LO and not HAS_HI)
+    i_m, _i_bh, i_b, i_h, i_kh = place(shape[0], shape[1], HAS_LO and not HAS_HI)
     row = i_m * BLOCK_M
     o_m = row + tl.arange(0, BLOCK_M)
 
