@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from longtrain.attention import AttentionMask, AttentionSpec, Band
 
 ROOT = Path(__file__).parents[1]
 TREE = (ROOT / "README.md").read_text().split("## The tree")[1]
@@ -33,3 +37,21 @@ def test_every_script_and_recipe_is_in_the_tree() -> None:
     assert set(re.findall(r"[\w.]+-[\w.-]+|quickstart", section("recipes/"))) == {
         path.stem for path in (ROOT / "recipes").glob("*.yaml")
     }
+
+
+def test_its_python_runs() -> None:
+    blocks = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "README.md").read_text())
+    assert blocks
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+        assert names["out"].shape == names["q"].shape
+
+
+def test_every_mask_of_the_table_is_there() -> None:
+    table = (ROOT / "README.md").read_text().split("What other libraries")[1]
+    masks = re.findall(r"`(AttentionMask\(.*?\)|AttentionSpec\(bias=bias\))`", table)
+    names = {"Tq": 3, "Tk": 5, "W": 2, "documents": torch.zeros(1, 3, dtype=torch.int32), "bias": torch.zeros(3, 3)}
+    assert len(masks) == 5
+    for mask in masks:
+        eval(mask, {"AttentionMask": AttentionMask, "AttentionSpec": AttentionSpec, "Band": Band}, names)
