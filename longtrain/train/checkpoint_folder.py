@@ -1,6 +1,6 @@
 """Checkpoints on disk: finding, checking, reading, publishing and deleting them. No engine, no GPU, no other ranks.
 
-A checkpoint is complete when its folder is called step-N. Others are in the making (.tmp), were set aside because they are damaged
+A checkpoint is complete when its folder is called step-N; one that then lacks anything is damaged. Others are in the making (.tmp), were set aside because they are damaged
 (.damaged), or wait, for the moment between two renames, to be replaced (.replaced).
 """
 
@@ -28,30 +28,30 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 def complete(folder: Path) -> list[Path]:
-    """Whole checkpoints under `folder`, by step."""
+    """Finished checkpoints under `folder`, by step, damaged ones too."""
     steps: dict[int, Path] = {}
     # step-N sorts before step-N.replaced, which counts only where the rename after it never came
     for path in sorted(folder.glob("step-*")):
         match = STEP_FOLDER.fullmatch(path.name)
-        if match and (path / MANIFEST).is_file():
+        if match and path.is_dir():
             steps.setdefault(int(match[1]), path)
     return [steps[step] for step in sorted(steps)]
 
 
 def find_latest(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step under `folder`, None where there is none."""
+    """The finished checkpoint with the highest step under `folder`, None where there is none."""
     return (complete(folder) or [None])[-1]
 
 
 def resolve(path: Path) -> Path:
     """`path` if it is a step folder, else the newest one under it. Raises CheckpointError where there is none."""
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or (STEP_FOLDER.fullmatch(path.name) and path.is_dir()):
         return path
     latest = find_latest(path)
     if latest is None:
         if not path.exists():
             raise CheckpointError(f"{path}: no such folder; name a run's folder or one of its checkpoints")
-        raise CheckpointError(f"{path}: no whole checkpoint here (no {MANIFEST}, and no step-... folder that has one)")
+        raise CheckpointError(f"{path}: no whole checkpoint here (no {MANIFEST}, and no step-... folder)")
     return latest
 
 

@@ -141,6 +141,8 @@ def parse(path: Path, kind: type[Parsed]) -> Parsed:
     """A JSON file as `kind`. Raises CheckpointError that names the file and the field."""
     try:
         return kind.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; {DAMAGED}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except ValidationError as error:

@@ -219,7 +219,8 @@ def test_keep_and_leftovers(tmp_path: Path, engine: Any) -> None:
     assert latest is not None
     assert latest.name == "step-00000030"
     (tmp_path / "step-00000099.tmp").mkdir()
-    (tmp_path / "step-00000098").mkdir()
+    (tmp_path / "step-00000098").touch()
+    (tmp_path / "step-00000097.damaged").mkdir()
     assert find_latest(tmp_path) == latest
     remove_leftovers(tmp_path)
     assert not (tmp_path / "step-00000099.tmp").exists()
@@ -317,7 +318,7 @@ DAMAGE = {
     "version": (lambda p: _edit(p / "manifest.json", version=1), r"manifest\.json: version: "),
     "unknown field": (lambda p: _edit(p / "manifest.json", more=1), r"manifest\.json: more: "),
     "range": (_drop_range, r"elements 4 to 6 of exp_avg_sq of parameter b are in none"),
-    "manifest gone": (lambda p: (p / "manifest.json").unlink(), "no whole checkpoint here"),
+    "manifest gone": (lambda p: (p / "manifest.json").unlink(), r"manifest\.json: missing; the checkpoint is damaged"),
 }
 
 

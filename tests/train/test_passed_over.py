@@ -134,6 +134,22 @@ def test_where_all_are_damaged_nothing_begins_anew(tmp_path: Path, data: Path) -
     assert all(reason.startswith(start) for (_, reason), start in zip(found, reasons, strict=True))
 
 
+def test_a_checkpoint_without_its_manifest_is_damaged(tmp_path: Path, data: Path) -> None:
+    chain = Chain(tmp_path / "run", data)
+    first, second, third = chain.steps
+    (third / MANIFEST).unlink()
+    start = chain.start()
+    assert (start.checkpoint, start.damaged) == (second, (third,))
+    assert start.remarks[0].startswith(f"WARNING: passed over {third.name}: {third / MANIFEST}: missing; the checkpoint is damaged")
+    assert damage(third)[0].startswith(f"{third / MANIFEST}: missing")
+    for step in (first, second):
+        (step / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged"):
+        chain.start()
+    with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
+        chain.start("never")
+
+
 def test_damage_comes_before_another_recipe(tmp_path: Path, data: Path) -> None:
     chain = Chain(tmp_path / "run", data, "optimizer.lr=0.5")
     *_, second, third = chain.steps

@@ -120,11 +120,16 @@ def _plant(folder: Path, names: tuple[str, ...], traps: dict[str, bytes], turn: 
             (folder / name).write_bytes(contents[(number + turn) % len(contents)])
 
 
-TURNS = pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.faults) for turn in range(1, 23))])
+TRAPS, FILES = 25, 3
+"""Ways to write a pickle, and files of the small checkpoint."""
+
+
+def turns(count: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.faults) for turn in range(1, count))])
 
 
 @pytest.mark.usefixtures("trained")
-@TURNS
+@turns(TRAPS)
 def test_beside_what_a_run_has_written(traps: dict[str, bytes], turn: int) -> None:
     for folder in (Path("run"), Path("run/checkpoints"), *complete(Path("run/checkpoints")), Path("data"), Path()):
         _plant(folder, (*RUN, *DATA), traps, turn)
@@ -167,9 +172,11 @@ def test_in_the_place_of_files_of_a_checkpoint(traps: dict[str, bytes]) -> None:
 
 
 @pytest.mark.usefixtures("trained")
-@TURNS
+@turns(TRAPS * FILES)
 def test_what_commands_say_of_one_in_a_checkpoint(traps: dict[str, bytes], turn: int) -> None:
     names = sorted(path.name for path in CHECKPOINT.iterdir())
+    # no common divisor: every trap meets every file
+    assert (len(traps), len(names)) == (TRAPS, FILES)
     name, content = names[turn % len(names)], list(traps.values())[turn % len(traps)]
     (CHECKPOINT / name).write_bytes(content)
     for signed in (False, True) if name != "manifest.json" else (False,):
