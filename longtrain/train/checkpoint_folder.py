@@ -1,7 +1,7 @@
 """Checkpoints on disk: finding, checking, reading, publishing and deleting them. No engine, no GPU, no other ranks.
 
-A checkpoint is complete when its folder is called step-N; one that then lacks anything is damaged. Others are in the making (.tmp), were set aside because they are damaged
-(.damaged), or wait, for the moment between two renames, to be replaced (.replaced).
+A checkpoint is complete when its folder is called step-N; one that then lacks anything is damaged. Others are in the making (.tmp),
+were set aside because they are damaged (.damaged), or wait, for the moment between two renames, to be replaced (.replaced).
 """
 
 from __future__ import annotations
