@@ -1,8 +1,9 @@
-"""Attention of this project beside torch's, in one run on one GPU: `python -m benchmarks.attention` from the repository root.
+"""Attention of this project beside torch's, in one run on one GPU: `python -m benchmarks.attention` from the repository root, after
+`pip install -e '.[dev]'`.
 
-First a correctness gate: on a red one nothing is measured. Then a table of TFLOP/s, forward / backward, and a JSON file and a plot
-in benchmarks/results. Rates count visible (query, key) pairs only: 4 D FLOP a pair and head forward, 10 D backward; what a mask
-wastes in touched tiles is not counted. `--tune` measures candidates for longtrain/kernels/flash/tiles.py instead.
+First a correctness gate: on a red one nothing is measured. Then a table of TFLOP/s, forward / backward, and of a whole run a JSON
+file and a plot in benchmarks/results. Rates count visible (query, key) pairs only: 4 D FLOP a pair and head forward, 10 D backward;
+what a mask wastes in touched tiles is not counted. `--tune` measures candidates for longtrain/kernels/flash/tiles.py instead.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks.gate import Case, check_kernel
 from benchmarks.plots import attention_plot
 from benchmarks.timing import milliseconds
 from benchmarks.tune_attention import tune
@@ -32,7 +34,6 @@ from longtrain.attention import AttentionMask, AttentionSpec, Band
 from longtrain.kernels.flash import FlashKernel
 from longtrain.kernels.flash.tiles import Pass, tile_for
 from longtrain.kernels.local import LocalAttend
-from tests.attention_cases import Case, check_kernel
 from tests.parity import naive_attention
 
 RESULTS = Path(__file__).parent / "results"
@@ -247,19 +248,24 @@ def compare(quick: bool, only: str) -> None:
         print(f"{p.name:28}{f'x{touched:.2f}':6}" + cells, flush=True)
         rows.append({"problem": asdict(p), "touched": touched, "results": found})
         short += [f"{p.name}: {line}" for line in missed(found)]
+    print("xN: pairs in touched tiles a visible pair; " + (write(rows) if not quick and not only else "part of a run: no file"))
+    print("\n".join(["short of the targets:", *short]) if short else "every target is met")
+
+
+def write(rows: list[dict[str, Any]]) -> str:
+    """The files of a whole run; says where they are."""
     device = torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
     path = RESULTS / f"attention-{device.lower().replace(' ', '-')}.json"
     command = " ".join(["python -m benchmarks.attention", *sys.argv[1:]])
     path.write_text(json.dumps({"device": device, "versions": versions, "command": command, "rows": rows}, indent=1) + "\n")
-    print(f"xN: pairs in touched tiles a visible pair; wrote {path} and {attention_plot(path)}")
-    print("\n".join(["short of the targets:", *short]) if short else "every target is met")
+    return f"wrote {path} and {attention_plot(path)}"
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="leave out the longest and the odd ones")
-    arguments.add_argument("--only", default="", help="problems whose name holds this text")
+    arguments.add_argument("--quick", action="store_true", help="leave out the longest and the odd ones; writes no file")
+    arguments.add_argument("--only", default="", help="problems whose name holds this text; writes no file")
     arguments.add_argument("--tune", action="store_true", help="measure candidates for the table of tiles")
     given = arguments.parse_args()
     tune() if given.tune else compare(given.quick, given.only)

@@ -1,4 +1,5 @@
-"""The registry's attention kernels beside each other on one device: `python -m benchmarks.kernels [--device cuda]`.
+"""The registry's attention kernels beside each other on one device: `python -m benchmarks.kernels [--device cuda]`,
+after `pip install -e '.[dev]'`.
 
 What it measures is the source of longtrain/kernels/measured.py, which decides what `attention.kernel: auto` takes. First a
 correctness gate: on a red one nothing is measured. Then milliseconds of forward + backward, the least of several runs, and a JSON
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gate import Case, check_kernel
 from longtrain.attention import AttentionKernel, AttentionMask, Band, Needs, band_kind
 from longtrain.kernels.local import LocalAttend
 from longtrain.kernels.registry import kernels
-from tests.attention_cases import Case, check_kernel
 
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = {"cpu": (128, 512, 2048), "cuda": (512, 2048, 8192)}

@@ -2,7 +2,8 @@
 
 First a correctness gate: on a red one nothing is measured. Then GB/s forward / backward of the bytes that a layer must move (what
 `Problem.forward` and `Problem.backward` count: every input and output once), beside the rate of a copy of 512 MiB in the same run;
-the host's time of a call; and what each layer buys in one LLaMA-7B block at 32K tokens. Writes a JSON file in benchmarks/results.
+the host's time of a call; and what each layer buys in one LLaMA-7B block at 32K tokens. A whole run writes a JSON file in
+benchmarks/results.
 Tensors are larger than any L2 cache. Liger is measured where it is installed. `--tune` measures launch constants instead.
 """
 
@@ -265,6 +266,9 @@ def compare(blocks: bool) -> None:
     copy = copy_rate()
     rows, short = layer_table(copy)
     print("short of targets: " + "; ".join(short) if short else "every target is met: 90% of the copy forward, 80% backward")
+    if not blocks:
+        print("part of a run: no file")
+        return
     device = torch.cuda.get_device_name()
     found = {
         "device": device,
@@ -274,7 +278,7 @@ def compare(blocks: bool) -> None:
         "tokens": TOKENS,
         "dtype": "bfloat16",
         "rows": rows,
-        "block": block_table() if blocks else [],
+        "block": block_table(),
     }
     path = RESULTS / f"layers-{device.lower().replace(' ', '-')}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
@@ -327,6 +331,6 @@ if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--tune", action="store_true", help="measure candidates for the launch constants")
     arguments.add_argument("--only", default="", help="with --tune: layers whose name holds this")
-    arguments.add_argument("--no-block", action="store_true", help="leave out the LLaMA-7B block")
+    arguments.add_argument("--no-block", action="store_true", help="leave out the LLaMA-7B block; writes no file")
     given = arguments.parse_args()
     tune(given.only) if given.tune else compare(not given.no_block)

@@ -1,4 +1,4 @@
-"""Candidates for longtrain/kernels/flash/tiles.py, measured: each kernel alone, over a few shapes."""
+"""Candidates for longtrain/kernels/flash/tiles.py, checked and measured: each kernel alone, over a few shapes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.gate import Case, check_kernel
 from benchmarks.timing import milliseconds
 from longtrain.attention import AttentionSpec, Band, Block, Grads
 from longtrain.attention.merge import row_dot
@@ -58,7 +59,8 @@ def shapes(kernel: Pass, dim: int) -> tuple[Shape, ...]:
 
 
 def tune() -> None:
-    """Prints TFLOP/s of the products that each kernel computes; candidates are compiled by many processes first."""
+    """Prints TFLOP/s of the products that each kernel computes, or why there are none: a candidate with wrong results is not
+    measured. Candidates are compiled by many processes first."""
     jobs = [subprocess.Popen([sys.executable, "-m", "benchmarks.tune_attention", str(i), str(PROCESSES)]) for i in range(PROCESSES)]
     for job in jobs:
         job.wait()
@@ -66,8 +68,24 @@ def tune() -> None:
         problems = [(shape, _tensors(shape, dim)) for shape in shapes(kernel, dim)]
         print(f"{f'{kernel} d{dim}':48}" + "".join(f"{shape.name:>16}" for shape, _ in problems), flush=True)
         for tile in candidates:
-            rates = [_rate(kernel, dim, tile, shape, tensors) for shape, tensors in problems]
-            print(f"  {tile!s:46}" + "".join(f"{rate:16.0f}" for rate in rates), flush=True)
+            try:
+                _check(kernel, dim, tile)
+                line = "".join(f"{_rate(kernel, dim, tile, *problem):16.0f}" for problem in problems)
+            except Exception as error:  # wrong results, or too much shared memory
+                line = f"  left out: {type(error).__name__}: {str(error)[:80]}"
+            print(f"  {tile!s:46}{line}", flush=True)
+
+
+def _check(kernel: Pass, dim: int, tile: Tile) -> None:
+    """Forward and backward with this tile against plain attention, in small on what is measured."""
+    for shape in shapes(kernel, dim):
+        band = Band.causal(300) if kernel is Pass.SHORT else shape.band
+        case = Case(band, 1111, None, 1, 4, 4 * shape.kv_heads // shape.heads, dim)
+        check_kernel(_flash(kernel, dim, tile), case, torch.bfloat16, "cuda")
+
+
+def _flash(kernel: Pass, dim: int, tile: Tile) -> FlashKernel:
+    return FlashKernel(tiles=TABLE | {(kernel, dim, 2): tile})
 
 
 def _tensors(shape: Shape, dim: int) -> tuple[Tensor, ...]:
@@ -79,7 +97,7 @@ def _tensors(shape: Shape, dim: int) -> tuple[Tensor, ...]:
 
 def _run(kernel: Pass, dim: int, tile: Tile, shape: Shape, tensors: tuple[Tensor, ...]) -> Callable[[], Any]:
     dout, q, k, v, lse, delta = tensors
-    flash, block = FlashKernel(tiles=TABLE | {(kernel, dim, 2): tile}), Block(shape.band)
+    flash, block = _flash(kernel, dim, tile), Block(shape.band)
     if kernel in (Pass.FORWARD, Pass.SHORT):
         return partial(flash.forward, q, k, v, block, AttentionSpec())
     rows, grads = (dout, *padded_rows(lse, delta)), Grads(*(torch.empty_like(x) for x in (q, k, v)))
@@ -88,23 +106,18 @@ def _run(kernel: Pass, dim: int, tile: Tile, shape: Shape, tensors: tuple[Tensor
 
 
 def _rate(kernel: Pass, dim: int, tile: Tile, shape: Shape, tensors: tuple[Tensor, ...]) -> float:
-    pairs = shape.band.pairs(shape.length, shape.length)
-    try:
-        time = milliseconds(_run(kernel, dim, tile, shape, tensors))
-    except Exception as error:  # too much shared memory, mostly
-        print(f"  {tile}: {type(error).__name__}: {str(error)[:80]}")
-        return 0.0
+    pairs, time = shape.band.pairs(shape.length, shape.length), milliseconds(_run(kernel, dim, tile, shape, tensors))
     return PRODUCTS[kernel] * 2 * pairs * shape.heads * dim / time / 1e9
 
 
 def _compile(part: int, parts: int) -> None:
-    jobs = [
-        (kernel, dim, tile, shape) for (kernel, dim), tiles in CANDIDATES.items() for tile in tiles for shape in shapes(kernel, dim)
-    ]
-    for kernel, dim, tile, shape in jobs[part::parts]:
-        short = shape._replace(length=512)
+    jobs = [(kernel, dim, tile) for (kernel, dim), tiles in CANDIDATES.items() for tile in tiles]
+    for kernel, dim, tile in jobs[part::parts]:
         try:
-            _run(kernel, dim, tile, short, _tensors(short, dim))()
+            _check(kernel, dim, tile)
+            for shape in shapes(kernel, dim):
+                short = shape._replace(length=512)
+                _run(kernel, dim, tile, short, _tensors(short, dim))()
         except Exception:  # told when it is measured
             continue
     torch.cuda.synchronize()

@@ -16,6 +16,7 @@ from longtrain.attention.keep import Keep
 from longtrain.attention.layout import Chunk
 from longtrain.attention.mask import AttentionMask, Band
 from longtrain.attention.spec import AttentionSpec
+from longtrain.errors import KernelError
 
 PLAIN = AttentionSpec()
 """Scores scaled by 1 / sqrt(D), nothing else."""
@@ -81,7 +82,7 @@ class Grads(NamedTuple):
 @dataclass(frozen=True)
 class Needs:
     """What a schedule asks of a kernel. kinds: those of every block that it yields (`band_kind`). length: tokens of a sequence that
-    one rank holds, None where that is unknown; it decides which kernel is the fastest, never which one can."""
+    one rank holds, None where that is unknown; it decides which kernel is the fastest, and the longest may be too long for one."""
 
     kinds: frozenset[str]
     documents: bool
@@ -144,6 +145,38 @@ class AttentionKernel(Protocol):
         `into`: fp32 accumulators, added to in place and returned; without it gradients are of the inputs' dtypes.
         """
         ...
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, block: Block | None = None) -> None:
+    """Raises KernelError, which names the tensor, where shapes do not belong together: kernels would read what is not there.
+
+    Once a call, before any kernel; reads shapes and dtypes only. Without a block nothing is said of segments.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise KernelError(f"attention: {name} is {list(x.shape)}, must be [batch, tokens, heads, width]")
+    (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
+    if kv_heads == 0 or heads % kv_heads:
+        raise KernelError(f"attention: q is {list(q.shape)}, k {list(k.shape)}: {heads} heads are no multiple of {kv_heads}")
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "k": (k, (batch, keys, kv_heads, dim)),
+        "v": (v, (batch, keys, kv_heads, v.shape[3])),
+        "alibi_slopes": (spec.alibi_slopes, (heads,)),
+        "dropout_seed": (spec.dropout_seed, (batch,)),
+    }
+    if block is not None:
+        expected |= {"q_segments": (block.q_segments, (batch, queries)), "k_segments": (block.k_segments, (batch, keys))}
+    for name, (x, shape) in expected.items():
+        if x is not None and x.shape != shape:
+            given = f"q is {list(q.shape)}, k {list(k.shape)}"
+            raise KernelError(f"attention: {name} is {list(x.shape)}, must be {list(shape)}: {given}")
+        if x is not None and name.endswith("segments") and x.dtype != torch.int32:
+            raise KernelError(f"attention: {name} are {x.dtype}, must be torch.int32")
+    if spec.bias is not None:
+        whole = (batch, heads, queries, keys)
+        sizes = zip(reversed(spec.bias.shape), reversed(whole), strict=False)
+        if spec.bias.ndim > 4 or any(size not in (1, most) for size, most in sizes):
+            raise KernelError(f"attention: bias is {list(spec.bias.shape)}, must broadcast to {list(whole)}")
 
 
 class Attend(Protocol):

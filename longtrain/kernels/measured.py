@@ -50,11 +50,11 @@ class Measured:
 
 
 TABLE = (
-    # 0.90 to 1.06 of cuDNN at d64, and the same bits in every run
+    # 0.92 to 1.05 of cuDNN forward, 0.90 to 1.02 backward, and the same bits in every run
     Measured("cuda", ("triton", "cudnn", "flash"), H100, HALF, frozenset(("full", "causal")), 64),
-    # 0.82 to 0.95 of cuDNN forward, 0.80 to 0.87 backward
+    # 0.79 to 0.92 of cuDNN forward; 0.77 to 0.91 backward, and 1.02 at 1K tokens
     Measured("cuda", ("cudnn", "triton", "flash"), H100, HALF, frozenset(("full", "causal")), 128),
-    # windows and packed documents: 1.3 to 1.8 of FlashAttention-2; the plain ones are not measured beside them
+    # windows and packed documents: 1.38 to 2.07 of FlashAttention-2; the plain ones are not measured beside them
     Measured("cuda", ("triton", "flash", "cudnn"), H100, HALF),
     Measured("cuda", ("triton", "flash", "cudnn", "memory_efficient", "reference"), None),
     # medians of 18 cases each: 10% at 128 tokens, where one matrix is all there is; about a tie at 512; 3 times at 2048

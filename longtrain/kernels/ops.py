@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 from longtrain.attention.mask import Band
 from longtrain.attention.merge import accumulator_dtype, add_sinks_, sinks_gradient
-from longtrain.attention.protocol import AttentionKernel, Block, Partial
+from longtrain.attention.protocol import AttentionKernel, Block, Partial, check_inputs
 from longtrain.attention.spec import AttentionSpec
 from longtrain.errors import KernelError
 from longtrain.kernels.flops import backward_flops, forward_flops
@@ -122,7 +122,8 @@ class Gradients(NamedTuple):
 
 
 def run_forward(kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> Partial:
-    """A kernel's (out, lse) with the sinks of the spec."""
+    """A kernel's (out, lse) with the sinks of the spec. Raises KernelError where shapes do not belong together."""
+    check_inputs(q, k, v, spec, block)
     part = kernel.forward(q, k, v, block, spec.without_sinks)
     return part if spec.sinks is None else add_sinks_(part, spec.sinks)
 

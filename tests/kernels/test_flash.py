@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from longtrain.attention import AttentionSpec, Band, Block, Grads, Needs, Partia
 from longtrain.attention.dropout import keep_mask
 from longtrain.attention.merge import empty_partial, zero_grads
 from longtrain.attention.reference import ReferenceKernel
+from longtrain.errors import KernelError
 from longtrain.kernels.flash import FlashKernel
-from longtrain.kernels.flash.tiles import COMPACT, TABLE, Pass, Tile, Tiles, tile_for
+from longtrain.kernels.flash.kernel import Call
+from longtrain.kernels.flash.tiles import COMPACT, TABLE, Pass, Tile, Tiles, tile_for, tiles_for
 from longtrain.kernels.language import has_triton, interprets
 from tests.attention_cases import Case, cases, check_kernel
 
@@ -219,17 +223,68 @@ def test_every_width_has_a_tile() -> None:
                 assert tile_for(kernel, width, size, COMPACT) in COMPACT.values()
 
 
-@pytest.mark.skipif(shutil.which("ptxas") is None and not has_triton(), reason="no ptxas to compile with")
+def test_tables_by_shared_memory() -> None:
+    """Those of compute capabilities 9.0 and 10, of 8.0, of 8.6, 8.9 and 12.0, and of who tells nothing."""
+    assert tiles_for(232448) is TABLE
+    for less in (166912, 101376, 0):
+        assert tiles_for(less) is COMPACT
+
+
+@pytest.mark.parametrize("tiles", [TABLE, COMPACT])
+def test_longest_sequence_of_a_grid(tiles: Tiles) -> None:
+    """What `grid` refuses while it runs is refused before."""
+    kernel, most = FlashKernel(tiles=tiles), 65535 * 16
+    wide = replace(NEEDS, dtype=torch.float32, head_dim=256, value_dim=256)
+    assert kernel.refuses(replace(wide, length=most)) == []
+    assert kernel.refuses(replace(wide, length=2**20)) == [
+        "has up to 1,048,560 tokens on a rank at this width and precision, not 1,048,576"
+    ]
+    assert kernel.refuses(replace(NEEDS, length=2**20)) == []
+    q, v = (torch.empty(1, 2**20, 1, 200 + i, device="meta") for i in range(2))
+    call = Call(kernel, q, q, v, Block(Band.causal()), AttentionSpec())
+    with pytest.raises(KernelError, match="1,048,576 tokens in one block; up to 1,048,560 are possible"):
+        call.grid(2**20, call.tile(Pass.QUERIES).rows, q, v)
+
+
+compiles = pytest.mark.skipif(shutil.which("ptxas") is None and not has_triton(), reason="no ptxas to compile with")
+
+
+def compiled_offline(*arguments: str | int) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.kernels.offline", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"}, timeout=250)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@compiles
 @pytest.mark.parametrize("dim", [64, 128])
 def test_compiles_for_hopper_without_spilling(dim: int) -> None:
     """With wgmma and tensor descriptors; next to nothing spilled between products."""
-    command = [sys.executable, "-m", "tests.kernels.offline", "1", "4096", "16", "16", str(dim), "bfloat16"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"}, timeout=250)
-    assert done.returncode == 0, done.stderr
-    kernels = {kernel["kernel"]: kernel for kernel in map(json.loads, done.stdout.splitlines())}
+    kernels = {kernel["kernel"]: kernel for kernel in compiled_offline(1, 4096, 16, 16, dim, "bfloat16")}
     for name in ("forward_kernel", "queries_kernel", "keys_kernel"):
         kernel = kernels[name]
         assert kernel["spilled_in_loop"] <= 4, kernel
         assert kernel["HGMMA"] > 0, kernel
         assert kernel["UTMALDG"] > 0, kernel
         assert "HMMA" not in kernel, kernel
+
+
+FEW = {(64, "segments", 90), (128, "runs", 90), (128, "segments", 86), (256, "runs", 120)}
+"""Between them every width, both kinds of documents, both tables, with and without a tensor memory accelerator."""
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("dim", "documents", "capability"),
+    [
+        pytest.param(*x, marks=[] if x in FEW else pytest.mark.faults)
+        for x in product((64, 128, 256), ("runs", "segments"), (80, 86, 90, 120))
+    ],
+)
+def test_everything_at_once_compiles_and_fits(dim: int, documents: str, capability: int) -> None:
+    """What the interpreter lets pass the compiler may not; and no program may want more shared memory than there is."""
+    kernels = compiled_offline(2, 512, 4, 2, dim, "bfloat16", "--everything", documents, "--on", capability)
+    finds = {"runs": "runs_kernel", "segments": "ranges_kernel"}[documents]
+    assert {kernel["kernel"] for kernel in kernels} >= {"forward_kernel", "queries_kernel", "keys_kernel", "bias_kernel", finds}
+    for kernel in kernels:
+        assert kernel["shared"] <= kernel["most_shared"], kernel

@@ -147,27 +147,52 @@ def test_tf32_by_choice() -> None:
     assert errors[0] < 5e-6 < errors[1] < 5e-3
 
 
-@pytest.mark.parametrize("descriptors", [True, False])
-@pytest.mark.parametrize("width", [64, 80])
-def test_memory_around_the_inputs_is_never_used(width: int, descriptors: bool) -> None:
-    """Inputs are views into NaN on every side: before, behind, between heads and beyond the width."""
-    length, heads = 333, 2
-    kernel, block, spec = FlashKernel(descriptors=descriptors), Block(Band.causal(150)), AttentionSpec()
+def test_the_table_of_this_gpu() -> None:
+    wide = torch.cuda.get_device_capability() in ((9, 0), (10, 0), (10, 3))
+    assert KERNEL.table(torch.device("cuda")) is (TABLE if wide else COMPACT)
 
-    def inside_nan() -> tuple[Tensor, Tensor]:
-        x = torch.randn(2, length, heads, width, device="cuda", dtype=torch.bfloat16)
-        around = torch.full((4, length + 256, heads + 2, width + 16), float("nan"), device="cuda", dtype=torch.bfloat16)
-        around[1:3, 128:-128, 1:-1, 8:-8] = x
-        return x, around[1:3, 128:-128, 1:-1, 8:-8]
 
-    (q, q_), (k, k_), (v, v_), (dout, dout_) = (inside_nan() for _ in range(4))
+def inside(x: Tensor, margins: tuple[int, ...], fill: float = float("nan")) -> Tensor:
+    """The values of x, as a view into memory that holds `fill` on every side."""
+    view = torch.full([size + 2 * more for size, more in zip(x.shape, margins, strict=True)], fill, dtype=x.dtype, device=x.device)
+    for dimension, more in enumerate(margins):
+        view = view.narrow(dimension, more, x.shape[dimension])
+    return view.copy_(x)
+
+
+@pytest.mark.parametrize(
+    ("width", "descriptors", "documents"),
+    [(64, True, ""), (64, False, ""), (80, True, ""), (80, False, ""), (64, True, "runs"), (80, False, "segments")],
+)
+def test_memory_around_the_inputs_is_never_used(width: int, descriptors: bool, documents: str) -> None:
+    """Inputs are views into NaN on every side: before, behind, between heads and beyond the width. Around segments is a document
+    that there is, around seeds another seed. With documents come a bias, slopes and dropout."""
+    length, heads, kernel = 333, 2, FlashKernel(descriptors=descriptors)
+    q, k, v, dout = (torch.randn(2, length, heads, width, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    block, spec = Block(Band.causal(150)), AttentionSpec()
+    if documents:
+        ids = torch.tensor([[0] * 150 + [1] * 150 + [-1] * 33] * 2, dtype=torch.int32, device="cuda")
+        slopes, seed = torch.tensor([0.5, 0.25], device="cuda"), torch.tensor([5, 7], device="cuda")
+        bias = torch.randn(2, heads, length, length, device="cuda", dtype=torch.bfloat16)
+        block = replace(block, q_segments=ids, k_segments=ids, runs=documents == "runs")
+        spec = AttentionSpec(alibi_slopes=slopes, bias=bias, dropout=0.1, dropout_seed=seed)
     out, lse = kernel.forward(q, k, v, block, spec)
     delta = row_dot(dout, out)
-    assert torch.equal(kernel.forward(q_, k_, v_, block, spec).out, out)
     expected = kernel.backward(dout, q, k, v, lse, delta, block, spec)
-    for a, b in zip(kernel.backward(dout_, q_, k_, v_, lse, delta, block, spec)[:3], expected[:3], strict=True):
-        assert a.isfinite().all()
-        assert torch.equal(a, b)
+    q, k, v, dout = (inside(x, (1, 128, 1, 8)) for x in (q, k, v, dout))
+    lse_, delta_ = (inside(x, (1, 1, 128)) for x in (lse, delta))
+    if documents:
+        block = replace(block, q_segments=inside(ids, (1, 128), 1), k_segments=inside(ids, (1, 128), 1))
+        spec = replace(
+            spec, alibi_slopes=inside(slopes, (8,)), bias=inside(bias, (1, 1, 128, 128)), dropout_seed=inside(seed, (8,), 9)
+        )
+    got = kernel.forward(q, k, v, block, spec)
+    assert torch.equal(got.out, out)
+    assert torch.equal(got.lse, lse)
+    for a, b in zip(kernel.backward(dout, q, k, v, lse_, delta_, block, spec), expected, strict=True):
+        if a is not None and b is not None:
+            assert a.isfinite().all()
+            assert torch.equal(a, b)
 
 
 def test_offsets_beyond_32_bits() -> None:

@@ -14,7 +14,7 @@ from longtrain.attention.merge import cast_like, empty_partial, zero_grads
 from longtrain.attention.protocol import Block, Grads, Needs, Partial
 from longtrain.attention.spec import AttentionSpec
 from longtrain.errors import KernelError
-from longtrain.kernels.flash.tiles import COMPACT, TABLE, Pass, Tile, Tiles, tile_for
+from longtrain.kernels.flash.tiles import GRID, SHARED, TABLE, Pass, Tile, Tiles, longest, tile_for, tiles_for
 from longtrain.kernels.language import has_triton
 
 WIDEST = 256
@@ -25,8 +25,6 @@ CACHE = 32 << 20
 """Bytes, of an H100's 50 MB of L2: measured against one head at a time, 4 to 6% at 16K tokens and 10% at 4K."""
 DELTA_ROWS = 32
 """Of a program that makes delta: 16 KiB of dout and out at a width of 128."""
-GRID = 65535
-"""Largest second and third dimension of a grid in CUDA."""
 CHUNK = 1024
 """Tiles whose documents are read at once."""
 RUN_ROWS = 128
@@ -63,7 +61,21 @@ class FlashKernel:
         for what, width in (("head", needs.head_dim), ("value head", needs.value_dim)):
             if width > WIDEST:
                 reasons.append(f"has {what} dimensions up to {WIDEST}, not {width}")
+        if needs.length is not None and not reasons:
+            width, tiles = _padded(max(needs.head_dim, needs.value_dim)), self.table(torch.device(needs.device))
+            most = longest(width, needs.dtype.itemsize, tiles)
+            if needs.length > most:
+                reasons.append(f"has up to {most:,} tokens on a rank at this width and precision, not {needs.length:,}")
         return reasons
+
+    def table(self, device: torch.device) -> Tiles:
+        """The tile sizes in use there."""
+        if self.tiles is not None or device.type != "cuda" or not torch.cuda.is_available():
+            return self.tiles or TABLE
+        properties = torch.cuda.get_device_properties(device)
+        # AMD's properties have no such name, nor may those of every torch
+        unnamed = SHARED if torch.version.hip is None and properties.major in (9, 10) else 0
+        return tiles_for(getattr(properties, "shared_memory_per_block_optin", unnamed))
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec, *, into: Partial | None = None
@@ -235,7 +247,7 @@ class Call:
     def __init__(self, kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> None:
         if not q.dtype == k.dtype == v.dtype:
             raise KernelError(f"attention kernel triton: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: give them one dtype")
-        self.kernel = kernel
+        self.kernel, self.tiles = kernel, kernel.table(q.device)
         self.q, self.k, self.v = (_rows(x) for x in (q, k, v))
         (batch, queries, heads, dim), (_, keys, kv_heads, value_dim) = q.shape, v.shape
         # AMD's capabilities begin with 9 too
@@ -274,8 +286,7 @@ class Call:
         }
 
     def tile(self, kernel: Pass) -> Tile:
-        tiles = self.kernel.tiles or (COMPACT if self.q.is_cuda and not self.hopper else TABLE)
-        return tile_for(kernel, max(self.block_d, self.block_v), self.q.element_size(), tiles)
+        return tile_for(kernel, max(self.block_d, self.block_v), self.q.element_size(), self.tiles)
 
     def count(self, length: int, tile: int) -> int:
         return -(-length // tile)

@@ -29,6 +29,9 @@ class Tile:
     registers: int = 0
 
 
+GRID = 65535
+"""Largest second and third dimension of a grid in CUDA."""
+
 Tiles = dict[tuple[Pass, int, int], Tile]
 """(kernel, head width padded to a power of two, bytes an element) -> tile."""
 
@@ -52,9 +55,9 @@ TABLE: Tiles = WIDE | {
     (Pass.KEYS, 256, 2): Tile(64, 64, 8, 2),
     (Pass.BIAS, 256, 2): Tile(64, 64, 8, 1),
 }
-"""Hopper and later, measured on an H100 (`python -m benchmarks.attention --tune`). At widths of 64 and 128 two programs and more
-share a multiprocessor; one program of 8 warps with larger tiles is 20% slower there. Tiles of 64 rows waste less where a document
-or a window begins and ends; over long rows the L2 cache bounds them."""
+"""For GPUs with SHARED bytes; measured on an H100 (`python -m benchmarks.attention --tune`). At widths of 64 and 128 two programs
+and more share a multiprocessor; one program of 8 warps with larger tiles is 20% slower there. Tiles of 64 rows waste less where a
+document or a window begins and ends; over long rows the L2 cache bounds them."""
 
 COMPACT: Tiles = WIDE | {
     (Pass.FORWARD, 64, 2): Tile(128, 64, 4, 2),
@@ -71,9 +74,23 @@ COMPACT: Tiles = WIDE | {
     (Pass.KEYS, 256, 2): Tile(32, 32, 4, 1),
     (Pass.BIAS, 256, 2): Tile(32, 32, 4, 1),
 }
-"""Compute capability 8: chosen to fit 99 KiB of shared memory, never measured for speed."""
+"""All others: chosen to fit 99 KiB of shared memory (compute capabilities 8.6, 8.9 and 12.0), never measured for speed."""
+
+SHARED = 227 << 10
+"""Bytes of shared memory that a program may have on compute capabilities 9.0 and 10; 8.0 has 163 KiB."""
+
+
+def tiles_for(shared: int) -> Tiles:
+    """The table of a GPU whose programs may have `shared` bytes of shared memory."""
+    return TABLE if shared >= SHARED else COMPACT
 
 
 def tile_for(kernel: Pass, width: int, itemsize: int, tiles: Tiles = TABLE) -> Tile:
     """The tile of the next larger width in the table."""
     return tiles[kernel, min(w for k, w, size in tiles if k is kernel and size == itemsize and w >= width), itemsize]
+
+
+def longest(width: int, itemsize: int, tiles: Tiles = TABLE) -> int:
+    """Tokens of a block: tiles of queries, and of keys for dk and dv, are a dimension of a grid."""
+    rows = [tile_for(kernel, width, itemsize, tiles).rows for kernel in (Pass.FORWARD, Pass.SHORT, Pass.QUERIES)]
+    return GRID * min(*rows, tile_for(Pass.KEYS, width, itemsize, tiles).columns)
