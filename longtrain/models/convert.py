@@ -34,7 +34,8 @@ def to_safetensors(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> P
 
 
 def from_deepspeed(folder: Path, out: Path, described: Path | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Writes the fp32 master weights of a checkpoint that DeepSpeed saved to the Hugging Face folder `out`, which must not exist.
+    """Writes the fp32 master weights, at stage 0 the model's own, of a checkpoint that DeepSpeed saved to the Hugging Face folder
+    `out`, which must not exist.
 
     folder: what save_checkpoint was given, or one step in it. described: the Hugging Face folder whose config.json and tokenizer
     belong to the model; by default `folder` or the one above it. Parameters may have Hugging Face's names or ours. One parameter is

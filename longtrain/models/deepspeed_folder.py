@@ -1,8 +1,11 @@
-"""fp32 master weights of the checkpoint folders that DeepSpeed's save_checkpoint writes, at ZeRO stage 1, 2 or 3.
+"""Weights of the checkpoint folders that DeepSpeed's save_checkpoint writes: at ZeRO stage 1, 2 or 3 the fp32 master weights.
 
     FOLDER/latest                                                       the name of the newest step's folder
     FOLDER/global_step123/mp_rank_00_model_states.pt                    names and shapes; at stage 3 zero_pp_rank_0_mp_rank_00_...
     FOLDER/global_step123/[bf16_]zero_pp_rank_N_mp_rank_00_optim_states.pt   what rank N has of the weights, as flat tensors
+
+At stage 0 there is mp_rank_00_model_states.pt alone, with the weights that the model computes with, whole, by name. The fp32 ones
+of training in bf16 or fp16 are in it without names, as its optimizer wants them, and are not read.
 
 The files are pickles. They are read by torch's weights-only reader, which builds tensors, containers and numbers; the four classes
 of DeepSpeed's own that they may hold are replaced by ones that do nothing. DeepSpeed is not needed.
@@ -31,6 +34,8 @@ UNREADABLE = (
 """What `torch.load(weights_only=True)` raises for files that are damaged or hold more than tensors."""
 
 LATEST = "latest"
+WHOLE = "mp_rank_00_model_states.pt"
+"""Names and shapes of the parameters, or all of the model where ZeRO did not share it out."""
 LARGEST = 2**62
 """Elements beyond which a count in a file is not one."""
 
@@ -64,7 +69,7 @@ class DeepSpeedWeights:
     """The weights of one step, found and checked; the tensors are mapped, not read.
 
     stage: of ZeRO. shapes: by the names that the model had, without `module.`; tied parameters once. groups: the flat tensors of
-    every rank. layout: where in them a parameter is, as (group, start).
+    every rank that wrote weights, fp32, at stage 0 bf16 or fp16 too. layout: where in them a parameter is, as (group, start).
     """
 
     step: Path
@@ -75,7 +80,7 @@ class DeepSpeedWeights:
 
     @property
     def world(self) -> int:
-        """Ranks that saved it."""
+        """Ranks that wrote weights: all of them, or the first one at stage 0."""
         return len(self.groups)
 
     def read(self, name: str) -> Tensor:
@@ -92,7 +97,8 @@ class DeepSpeedWeights:
 
 def is_deepspeed(folder: Path) -> bool:
     """Whether this looks like a folder of DeepSpeed's, or the folder of one of its steps."""
-    return (folder / LATEST).is_file() or any(_OPTIMIZER.fullmatch(path.name) for path in folder.glob("*.pt"))
+    known = _OPTIMIZER, _MODEL
+    return (folder / LATEST).is_file() or any(name.fullmatch(path.name) for path in folder.glob("*.pt") for name in known)
 
 
 def open_deepspeed(folder: Path) -> DeepSpeedWeights:
@@ -104,6 +110,8 @@ def open_deepspeed(folder: Path) -> DeepSpeedWeights:
     """
     step = _step_of(folder)
     files = _optimizer_files(step)
+    if not files:
+        return _unshared(step)
     states = [_optimizer_state(file) for file in files]
     # its bf16 optimizer with fp32 gradients, which there is at stage 1 only, does not name the stage
     stage = states[0].get("zero_stage", 1)
@@ -115,8 +123,7 @@ def open_deepspeed(folder: Path) -> DeepSpeedWeights:
         raise CheckpointError(f"{step}: {there}, but {world} ranks saved it; copy the files of all ranks here")
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     groups = [_flat_tensors(file, state, key) for file, state in zip(files, states, strict=True)]
-    name = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
-    shapes = _shapes(step / name)
+    shapes = _shapes(step / (f"zero_pp_rank_0_{WHOLE}" if stage == 3 else WHOLE))
     paddings = states[0].get("param_alignment_paddings")
     layout = _sharded(shapes, groups, step) if stage == 3 else _consecutive(shapes, paddings, groups, files[0])
     bare = {_bare(name): shape for group in shapes for name, shape in group.items()}
@@ -140,7 +147,8 @@ def _step_of(folder: Path) -> Path:
 
 
 def _optimizer_files(step: Path) -> list[Path]:
-    """The files of all ranks, in their order. Raises CheckpointError where one is missing, or ranks shared more than the data."""
+    """The files of all ranks, in their order; none at stage 0. Raises CheckpointError where one is missing, or ranks shared more
+    than the data."""
     ranks: dict[int, Path] = {}
     for path in sorted(step.glob("*.pt")):
         found, model = _OPTIMIZER.fullmatch(path.name), _MODEL.fullmatch(path.name)
@@ -155,14 +163,49 @@ def _optimizer_files(step: Path) -> list[Path]:
             if int(found[1]) in ranks:
                 raise CheckpointError(f"{path}: {ranks[int(found[1])].name} is of the same rank; delete the one that is left over")
             ranks[int(found[1])] = path
-    if not ranks:
-        raise CheckpointError(
-            f"{step}: has no file *_optim_states.pt of ZeRO; name a folder that DeepSpeed's save_checkpoint wrote"
-        )
     absent = [rank for rank in range(len(ranks)) if rank not in ranks]
     if absent:
         raise CheckpointError(f"{step}: the optim_states file of rank {absent[0]} is missing; copy the files of all ranks here")
     return [ranks[rank] for rank in sorted(ranks)]
+
+
+def _unshared(step: Path) -> DeepSpeedWeights:
+    """Stage 0: the weights of a step without optim_states files."""
+    file = step / WHOLE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{step}: has no file *_optim_states.pt of ZeRO, and no {WHOLE} of stage 0; name a folder that DeepSpeed's "
+            "save_checkpoint wrote, with the files of all ranks"
+        )
+    content = _load(file)
+    if content.get("param_shapes") is not None:
+        raise CheckpointError(
+            f"{file}: is of ZeRO stage 1 or 2, whose weights are in files *_optim_states.pt, and there is none; copy those of all "
+            "ranks here"
+        )
+    module, buffers = content.get("module"), content.get("buffer_names")
+    if not isinstance(module, dict) or not all(isinstance(name, str) for name in module):
+        raise CheckpointError(f"{file}: is not a file of DeepSpeed's: field module does not hold tensors by name")
+    if buffers is None:
+        buffers = []
+    if not isinstance(buffers, list) or not all(isinstance(name, str) for name in buffers):
+        raise CheckpointError(f"{file}: field buffer_names is not a list of names")
+    weights: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in module.items():
+        if name in buffers:
+            continue
+        if not _is_plain(tensor) or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or _bare(name) in weights:
+            raise CheckpointError(f"{file}: field module.{name[:80]} is not a parameter in fp32, bf16 or fp16")
+        # the second name of a tied parameter is the same bytes of the file
+        if tensor.data_ptr() not in places or not tensor.numel():
+            weights[_bare(name)] = tensor
+            places.add(tensor.data_ptr())
+    if not weights:
+        raise CheckpointError(f"{file}: field module holds no parameters")
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    layout = {name: (number, 0) for number, name in enumerate(weights)}
+    return DeepSpeedWeights(step, 0, shapes, [[tensor.flatten() for tensor in weights.values()]], layout)
 
 
 def _load(file: Path) -> dict[Any, Any]:
@@ -224,8 +267,12 @@ def _flat_tensors(file: Path, state: dict[Any, Any], key: str) -> list[Tensor]:
 
 
 def _is_flat(tensor: Any) -> bool:
+    return _is_plain(tensor) and tensor.dtype == torch.float32 and tensor.dim() == 1
+
+
+def _is_plain(tensor: Any) -> bool:
     known = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return known and tensor.dtype == torch.float32 and tensor.dim() == 1 and tensor.is_contiguous()
+    return known and tensor.is_contiguous()
 
 
 def _shapes(file: Path) -> list[dict[str, tuple[int, ...]]]:

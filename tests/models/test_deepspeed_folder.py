@@ -22,9 +22,11 @@ from safetensors.torch import load_file
 from longtrain.errors import CheckpointError
 from longtrain.models.config_json import read_config
 from longtrain.models.convert import from_deepspeed
-from longtrain.models.deepspeed_folder import open_deepspeed
+from longtrain.models.deepspeed_folder import is_deepspeed, open_deepspeed
 from longtrain.models.families import hugging_face_names
 from longtrain.models.pretrained import open_pretrained
+from longtrain.parallel import deepspeed as adapter
+from longtrain.parallel.context import ParallelContext
 from tests.distributed import run_ranks
 from tests.models.deepspeed_folders import MASTER, save_all, save_ours
 
@@ -34,6 +36,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "one-1": {"stage": 1, "precision": "bf16"},
         "one-2": {"stage": 2, "precision": "bf16"},
         "one-3": {"stage": 3, "precision": "bf16"},
+        "one-0": {"stage": 0, "precision": "fp32"},
+        "one-0-tied": {"stage": 0, "precision": "fp32", "tied": True},
     },
     2: {
         "two-1": {"stage": 1, "precision": "fp32"},
@@ -92,6 +96,67 @@ def test_a_model_of_ours_gets_hugging_faces_names(tmp_path: Path) -> None:
     assert all(torch.equal(written[names[ours]], value) for ours, value in master.items())
 
 
+def _save_half(ctx: ParallelContext, folder: str) -> dict[str, Any]:
+    """A layer in bf16 with a buffer, a tied parameter and a frozen one, after a step at stage 0: its weights as lists."""
+    import deepspeed
+
+    adapter.attach()
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).bfloat16()
+    model[1].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    model.register_buffer("table", torch.ones(3, dtype=torch.int64))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}
+    config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    made: tuple[Any, ...] = deepspeed.initialize(
+        model=model, optimizer=torch.optim.AdamW(trained, lr=0.1), config=config, dist_init_required=False
+    )
+    engine = made[0]
+    engine.backward(engine(torch.ones(1, 4, dtype=torch.bfloat16)).float().sum())
+    engine.step()
+    engine.save_checkpoint(folder)
+    engine.destroy()
+    return {name: parameter.tolist() for name, parameter in model.named_parameters()}
+
+
+def test_half_precision_at_stage_0_is_what_the_model_computes_with(tmp_path: Path) -> None:
+    wanted = run_ranks(_save_half, 1, str(tmp_path))[0]
+    assert list(wanted) == ["0.weight", "0.bias", "1.bias"]
+    weights = open_deepspeed(tmp_path)
+    assert weights.stage == 0
+    assert {name: weights.read(name).tolist() for name in weights.shapes} == wanted
+    assert weights.read("0.weight").dtype == torch.float32
+    assert weights.shapes["0.weight"] == (4, 4)
+
+
+WRONG_WHOLE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no weights": (lambda c: c.pop("module"), "field module does not hold tensors by name"),
+    "empty": (lambda c: c["module"].clear(), "field module holds no parameters"),
+    "text": (lambda c: c["module"].update(a="b"), r"field module\.a is not a parameter in fp32, bf16 or fp16"),
+    "integers": (lambda c: c["module"].update(a=torch.ones(2, dtype=torch.int64)), r"field module\.a is not a parameter"),
+    "strides": (lambda c: c["module"].update(a=torch.ones(1).expand(9)), r"field module\.a is not a parameter"),
+    "twice": (
+        lambda c: c["module"].update({"module.model.norm.weight": torch.ones(32)}),
+        r"field module\.module\.model\.norm\.weight is not a parameter",
+    ),
+    "buffers": (lambda c: c.update(buffer_names=torch.ones(2)), "field buffer_names is not a list of names"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_WHOLE)
+def test_what_is_not_of_stage_0_is_refused(saved: Path, tmp_path: Path, what: str) -> None:
+    folder = shutil.copytree(saved / "one-0", tmp_path / "in")
+    change, message = WRONG_WHOLE[what]
+    _edit(folder / "global_step2" / MODEL, change)
+    with pytest.raises(CheckpointError, match=rf"{MODEL}: .*{message}"):
+        open_deepspeed(folder)
+
+
+def test_stage_0_is_known_without_the_file_latest(saved: Path, tmp_path: Path) -> None:
+    assert is_deepspeed(saved / "one-0" / "global_step2")
+    assert from_deepspeed(saved / "one-0" / "global_step2", tmp_path / "out").is_dir()
+
+
 def test_wrapped_names(saved: Path, tmp_path: Path) -> None:
     def wrap(content: dict[str, Any]) -> None:
         content["param_shapes"] = [{f"module.{name}": shape for name, shape in g.items()} for g in content["param_shapes"]]
@@ -122,12 +187,12 @@ class Evil:
         return Path.touch, (self.mark,)
 
 
-@pytest.mark.parametrize("name", ["two-1", "two-3"])
+@pytest.mark.parametrize("name", ["one-0", "two-1", "two-3"])
 @pytest.mark.parametrize("bare", [False, True])
 def test_a_pickle_with_code_is_refused_and_not_executed(saved: Path, tmp_path: Path, name: str, bare: bool) -> None:
     files = [path.name for path in (saved / name / "global_step2").glob("*.pt")]
     read = [file for file in files if not file.startswith("zero_pp_rank_1_mp_rank_00_model")]
-    assert len(read) == 3
+    assert len(read) == (1 if name == "one-0" else 3)
     for file in read:
         folder, evil = shutil.copytree(saved / name, tmp_path / file), Evil(tmp_path / "executed")
         path = folder / "global_step2" / file
@@ -206,6 +271,10 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
         f"{RANK_0}: field param_alignment_paddings has not one number for every parameter",
     ),
     "negative": (_edited(MODEL, lambda c: c["param_shapes"][0].update(a=(-1,))), f"{MODEL}: field param_shapes does not name"),
+    "no optimizer": (
+        lambda s: [(s / file).unlink() for file in (RANK_0, RANK_1)],
+        f"{MODEL}: is of ZeRO stage 1 or 2, whose weights are in files .*, and there is none; copy those of all ranks",
+    ),
     "nothing": (lambda s: [path.unlink() for path in s.glob("*.pt")], "has no file .*_optim_states.pt of ZeRO"),
 }
 
@@ -275,13 +344,15 @@ def _content(file: Path) -> tuple[Any, list[tuple[Any, ...]]]:
     """What a file holds, and the places in what is read of it."""
     content = torch.load(file, weights_only=False)
     read = {"optimizer_state_dict", "param_shapes", "frozen_param_shapes"}
+    if content.get("param_shapes", ()) is None:
+        read |= {"module", "buffer_names"}
     unread = {"base_optimizer_state", "loss_scaler", "ds_config", "group_paddings"}
     return content, [p for p in _places(content) if p[0] in read and not unread & set(p) and p[:2].count(p[0]) == 1]
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-@pytest.mark.parametrize("name", ["two-1", "two-1-bf16", "two-3"])
+@pytest.mark.parametrize("name", ["one-0", "two-1", "two-1-bf16", "two-3"])
 def test_whatever_stands_in_a_file_there_is_no_traceback(saved: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
     step = saved / name / "global_step2"
     file = data.draw(st.sampled_from(sorted(step.glob("*.pt"))))

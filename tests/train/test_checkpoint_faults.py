@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import random
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longtrain.errors import CheckpointError
+from longtrain.parallel.context import ParallelContext
+from longtrain.parallel.deepspeed import Range
 from longtrain.train import checkpoint
 from longtrain.train.checkpoint import Saver, load, save
 from longtrain.train.checkpoint_folder import damage, find_latest, remove_leftovers, verify
+from tests.distributed import run_ranks
 from tests.one_rank import OneRank, make_state
 
 
@@ -94,19 +100,24 @@ def test_every_bit_of_the_manifest_counts(step: Path) -> None:
 
 
 class Disk:
-    """The disk of a save: counts every call that changes it, and `strikes` at one of them."""
+    """The disk of a save: counts every call that changes it, or opens a folder, and `strikes` at one of them.
 
-    def __init__(self, patch: pytest.MonkeyPatch, at: int | None, strike: Callable[[], None]) -> None:
-        self.calls, self._at, self._strike = 0, at, strike
-        fsync, rename, mkdir, unfold = os.fsync, Path.rename, Path.mkdir, Path.open
-        patch.setattr(os, "fsync", lambda fd: self._call(fsync, fd))
+    lasting: and at all after it.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int | None, strike: Callable[[], None], *, lasting: bool = False) -> None:
+        self.calls, self._at, self._strike, self._lasting = 0, at, strike, lasting
+        rename, mkdir, unfold = Path.rename, Path.mkdir, Path.open
+        # folders are opened to be synced, and to be deleted with what is in them
+        for name in ("fsync", "open", "unlink", "rmdir"):
+            patch.setattr(os, name, partial(self._call, getattr(os, name)))
         patch.setattr(Path, "rename", lambda path, target: self._call(rename, path, target))
         patch.setattr(Path, "mkdir", lambda path, *a, **k: self._call(mkdir, path, *a, **k))
         patch.setattr(Path, "open", lambda path, *a, **k: self._opened(self._call(unfold, path, *a, **k)))
 
     def _call(self, function: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         self.calls += 1
-        if self.calls - 1 == self._at:
+        if self._at is not None and (self.calls - 1 == self._at or (self._lasting and self.calls > self._at)):
             self._strike()
         return function(*arguments, **more)
 
@@ -166,7 +177,7 @@ CASES = [(1, 2), (1, 1)]
 
 
 @pytest.mark.parametrize(("before", "now"), CASES)
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, *(pytest.param(e, marks=pytest.mark.faults) for e in (errno.EROFS, errno.EIO))])
 def test_an_error_at_every_call_of_a_save(tmp_path: Path, before: int, now: int, number: int) -> None:
     calls = _calls_of_a_save(tmp_path / "count", [before], now)
     assert calls > 15
@@ -202,6 +213,141 @@ def test_a_kill_at_every_call_of_a_save(tmp_path: Path, before: int, now: int) -
         save(folder, engine, make_state(before), keep=1)  # type: ignore[arg-type]
         assert _kill_at(folder, engine, now, at) == 9
         _still_good(folder, {before: engine.values, now: engine.values})
+
+
+class Half(OneRank):
+    """One of two ranks, each of which owns and holds half of every parameter."""
+
+    def __init__(self, ctx: ParallelContext) -> None:
+        super().__init__()
+        self.ctx, self._start = ctx, 3 * ctx.rank
+
+    def owned_ranges(self) -> Iterator[Range]:
+        start, end = self._start, self._start + 3
+        for name, tensors in self.values.items():
+            yield Range(name, start, 3, {kind: value[start:end] for kind, value in tensors.items()})
+
+    held_ranges = owned_ranges
+
+    def owned(self) -> list[list[float]]:
+        return [view.tolist() for piece in self.owned_ranges() for view in piece.tensors.values()]
+
+
+def _save_half(folder: Path, engine: Any, step: int) -> str:
+    """How a save of two ranks, of several files each, ended on this one."""
+    saver = Saver(engine.ctx, part=7)
+    try:
+        saver.begin(folder, engine, make_state(step), keep=1)
+        saver.settle()
+    except CheckpointError as error:
+        return str(error)
+    return "saved"
+
+
+def _strike(ctx: ParallelContext, folder: Path, now: int, rank: int, at: int | None, fault: tuple[int, bool]) -> tuple[int, str]:
+    """Saves step 1 and then `now`, with a fault at one call of one rank; checks on both that a run can go on from what is there.
+    The calls that this rank made, and how the save ended on it."""
+    number, lasting = fault
+    engine: Any = Half(ctx)
+    assert _save_half(folder, engine, 1) == "saved"
+    known = [(1, engine.owned())]
+    for tensors in engine.values.values():
+        for value in tensors.values():
+            value += 1
+    known.append((now, engine.owned()))
+    with pytest.MonkeyPatch.context() as patch:
+        disk = Disk(patch, at if ctx.rank == rank else None, _fail(number), lasting=lasting)
+        ended = _save_half(folder, engine, now)
+        ctx.all_gather_text("struck")
+    latest = find_latest(folder)
+    assert latest is not None
+    assert damage(latest) == []
+    other: Any = Half(ctx)
+    which = known.index((load(latest, other).step, other.owned()))
+    assert len(set(ctx.all_gather_text(str(which)))) == 1
+    assert which == 1 or ended != "saved"
+    if ctx.is_main:
+        remove_leftovers(folder)
+    assert _save_half(folder, other, 9) == "saved"
+    assert [path.name for path in folder.iterdir()] == ["step-00000009"]
+    verify(folder)
+    ctx.all_gather_text("verified")
+    return disk.calls, ended
+
+
+def _strike_all(ctx: ParallelContext, base: str, faults: list[tuple[int, bool]], stride: int) -> list[tuple[Any, ...]]:
+    """Every `stride`-th call of each rank in turn is struck by each fault: at what, and how the save ended on this rank."""
+    seen: list[tuple[Any, ...]] = []
+    for _, now in CASES:
+        calls, _ = _strike(ctx, Path(base, f"count-{now}"), now, 0, None, (0, False))
+        for rank, count in enumerate(ctx.all_gather_text(str(calls))):
+            for fault in faults:
+                for at in range(len(seen) % stride, int(count), stride):
+                    _, ended = _strike(ctx, Path(base, str(len(seen))), now, rank, at, fault)
+                    seen.append((now, rank, at, *fault, ended))
+    return seen
+
+
+LASTING = [(number, lasting) for number in (errno.ENOSPC, errno.EIO) for lasting in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("faults", "stride"),
+    [
+        pytest.param([(errno.ENOSPC, False)], 13, id="short"),
+        pytest.param(LASTING, 1, marks=[pytest.mark.faults, pytest.mark.timeout(3600)], id="long"),
+    ],
+)
+def test_an_error_at_every_call_of_each_of_two_ranks(tmp_path: Path, faults: list[tuple[int, bool]], stride: int) -> None:
+    begin = time.monotonic()
+    first, second = run_ranks(_strike_all, 2, str(tmp_path), faults, stride, timeout=3000)
+    assert first == second, "both ranks say the same of every save"
+    for _, rank, _, number, _, ended in first:
+        if ended != "saved":
+            assert ended.startswith(f"rank {rank}: ") or rank == 0, ended
+            assert os.strerror(number) in ended
+    struck = [len([case for case in first if case[1] == rank]) for rank in range(2)]
+    failed = sum(ended != "saved" for *_, ended in first)
+    print(f"{struck} faults on ranks 0 and 1: {failed} saves failed, on both ranks; {time.monotonic() - begin:.0f} s")
+    assert min(struck) > 20 // stride
+    assert failed > len(first) // 2
+
+
+class Trickle(io.FileIO):
+    """A file each of whose writes takes half of what it is given. left: after so many of them the disk is full."""
+
+    left: int | None = None
+
+    def write(self, data: Any) -> int:
+        if Trickle.left is not None:
+            Trickle.left -= 1
+            if Trickle.left < 0:
+                _fail(errno.ENOSPC)()
+        return super().write(memoryview(data).cast("B")[: -(-len(data) // 2)])
+
+
+def _trickling(path: Path, mode: str = "r", *arguments: Any, **more: Any) -> Any:
+    return io.BufferedWriter(Trickle(path, mode)) if "w" in mode else open(path, mode, *arguments, **more)
+
+
+def test_writes_that_take_less_than_they_are_given(tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk fills up in the middle of a write, which then says how much it took, and only the next one that it is full."""
+    save(tmp_path, engine, make_state(1), keep=1)
+    monkeypatch.setattr(Path, "open", _trickling)
+    written = 0
+    while True:
+        monkeypatch.setattr(Trickle, "left", written)
+        try:
+            save(tmp_path, engine, make_state(2), keep=1)
+            break
+        except CheckpointError as error:
+            assert "No space left on device" in str(error)  # noqa: PT017
+        assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+        assert damage(tmp_path / "step-00000001") == []
+        written += 1
+    assert written > 20
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    verify(tmp_path)
 
 
 @pytest.fixture

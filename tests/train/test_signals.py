@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from longtrain.cli import app
 from longtrain.data.loader import Loader, held_out
+from longtrain.evaluate import plot
 from longtrain.evaluate.held_out import held_out_loss
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine
@@ -27,18 +32,18 @@ from longtrain.train.assemble import Run, open_data
 from longtrain.train.checkpoint_folder import complete, verify
 from longtrain.train.resume import CHECKPOINTS, choose
 from longtrain.train.run import run_training
-from longtrain.train.signals import SAME, SIGNALS, StopSignals
+from longtrain.train.signals import SAME, SIGNALS, STOPPED, StopSignals
 from tests.distributed import run_ranks
-from tests.tiny import tiny_recipe, write_corpus
+from tests.tiny import TEXT, tiny_recipe, write_corpus
 
-STEPS = 6
+STEPS, WORLD = 6, 2
 # what is interrupted, at which call of it (those of the start-up probe count), and the step after which all ranks stop
 PHASES: dict[str, tuple[Any, str, int, int]] = {
     "model build": (assembly, "build_model", 1, 0),
     # the probe, of two micro batches, calls it three times
     "first compile": (Engine, "forward", 4, 1),
     "data wait": (Loader, "step", 3, 2),
-    "forward": (Engine, "forward", 12, 3),
+    "forward": (Engine, "forward", 10, 3),
     "accumulation": (Engine, "backward", 7, 3),
     "step": (Engine, "step", 4, 3),
     "evaluation": (Engine, "train", 3, 2),
@@ -47,16 +52,21 @@ PHASES: dict[str, tuple[Any, str, int, int]] = {
 }
 
 
+Sent = tuple[str, signal.Signals, int]
+"""In which phase, which signal, to which rank."""
+
+
 @contextmanager
-def _signal_in(phase: str, number: signal.Signals, mine: bool) -> Iterator[None]:
-    """Sends this process a signal at the n-th call of what the phase is made of."""
+def _signal(sent: Sent, rank: int) -> Iterator[None]:
+    """Sends this process the signal, where it is for this rank, at the n-th call of what the phase is made of."""
+    phase, number, whom = sent
     owner, name, at, _ = PHASES[phase]
     inner, calls = getattr(owner, name), 0
 
     def outer(*arguments: Any, **more: Any) -> Any:
         nonlocal calls
         calls += 1
-        if mine and calls == at:
+        if rank == whom and calls == at:
             if phase == "first compile":
                 # it comes while this process waits for another one, as for a compiler; test_while_the_compiler_works has a real one
                 subprocess.run(["sh", "-c", f"kill -{number:d} {os.getpid()}; sleep 0.1"], check=True)
@@ -70,10 +80,10 @@ def _signal_in(phase: str, number: signal.Signals, mine: bool) -> Iterator[None]
         yield
 
 
-def _train(ctx: ParallelContext, overrides: Sequence[str], phase: str | None, number: signal.Signals) -> int:
+def _train(ctx: ParallelContext, overrides: Sequence[str], sent: Sent | None = None) -> int:
     plan = make_plan(tiny_recipe(*overrides), ctx.world, "cpu")
     split, unseen = open_data(plan)
-    batches = () if unseen is None else held_out(unseen, 2, micro_batch_size=1, dp=plan.dp, dp_rank=ctx.dp_rank)
+    batches = () if unseen is None else held_out(unseen, 2, micro_batch_size=2, dp=plan.dp, dp_rank=ctx.dp_rank)
 
     def held_out_losses(run: Run) -> Any:
         return held_out_loss(run.engine, run.plan, run.ctx, batches)
@@ -81,24 +91,20 @@ def _train(ctx: ParallelContext, overrides: Sequence[str], phase: str | None, nu
     evaluate = held_out_losses if batches else None
     start = choose(plan.recipe, split, "auto")
     ctx.all_gather_text("chosen")
-    with StopSignals(lambda text: None) as stop, redirect_stdout(io.StringIO()):
-        asked = stop.asked
-        if phase is None:
-            return run_training(plan, ctx, split, start, until=None, evaluate=evaluate, asked_to_stop=asked).step
-        with _signal_in(phase, number, mine=ctx.rank == ctx.world - 1):
-            return run_training(plan, ctx, split, start, until=None, evaluate=evaluate, asked_to_stop=asked).step
+    sending = nullcontext() if sent is None else _signal(sent, ctx.rank)
+    with StopSignals(lambda text: None) as stop, redirect_stdout(io.StringIO()), sending:
+        return run_training(plan, ctx, split, start, until=None, evaluate=evaluate, asked_to_stop=stop.asked).step
 
 
 def _interrupt_all(ctx: ParallelContext, base: str, recipes: dict[str, list[str]]) -> dict[str, list[int]]:
     """For every phase, the steps at which the run was interrupted and at which it ended."""
     seen = {}
     for index, (phase, overrides) in enumerate(recipes.items()):
-        number = SIGNALS[index % len(SIGNALS)]
-        stopped = _train(ctx, overrides, phase, number)
+        stopped = _train(ctx, overrides, (phase, SIGNALS[index % len(SIGNALS)], index % ctx.world))
         ctx.all_gather_text("stopped")
         found = [path.name for path in complete(Path(base, phase, CHECKPOINTS))]
         ctx.all_gather_text("looked")
-        seen[phase] = [stopped, found, _train(ctx, overrides, None, number)]
+        seen[phase] = [stopped, found, _train(ctx, overrides)]
     return seen
 
 
@@ -106,28 +112,108 @@ def _learnt(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / CHECKPOINTS / f"step-{STEPS:08d}").glob("rank-*")}
 
 
+def _wishes(base: Path, cp: int) -> list[str]:
+    """Of a run on the corpus `base`/data, all but its folder."""
+    write_corpus(base / "data", 7)
+    common = [f"data.path={base / 'data'}", f"training.steps={STEPS}", "checkpoint.every=2", "evaluation.every=2"]
+    return [*common, f"parallel.cp={cp}", "training.micro_batch_size=2", "evaluation.sequences=2"]
+
+
+def _steps(phase: str) -> tuple[int, ...]:
+    """At which of them a run may stop: a thread writes a save while the main one may have begun the next step."""
+    step = PHASES[phase][3]
+    return (step, step + 1) if phase == "writing of a save" else (step,)
+
+
 @pytest.mark.parametrize(("world", "cp"), [(1, 1), (2, 2)])
 def test_every_phase(tmp_path: Path, world: int, cp: int) -> None:
-    write_corpus(tmp_path / "data", 7)
-    common = [f"data.path={tmp_path / 'data'}", f"training.steps={STEPS}", "checkpoint.every=2", "evaluation.every=2"]
-    common += [f"parallel.cp={cp}", "training.micro_batch_size=2", "evaluation.sequences=2"]
+    common = _wishes(tmp_path, cp)
     recipes = {phase: [*common, f"output={tmp_path / phase}"] for phase in PHASES}
     straight = [*common, f"output={tmp_path / 'straight'}"]
     ranks = run_ranks(_interrupt_all, world, str(tmp_path), recipes, cp=cp)
-    run_ranks(_train, world, straight, None, signal.SIGTERM, cp=cp)
+    run_ranks(_train, world, straight, cp=cp)
     wanted = _learnt(tmp_path / "straight")
     assert len(wanted) == world
-    for phase, (*_, step) in PHASES.items():
+    for phase in PHASES:
         for seen in ranks:
             stopped, found, ended = seen[phase]
-            # a thread writes while the main one may have begun the next step
-            assert stopped in ((step, step + 1) if phase == "writing of a save" else (step,)), phase
+            assert stopped in _steps(phase), phase
             assert stopped == ranks[0][phase][0], phase
             # before the first step there is nothing to lose
             assert (found[-1] if found else "step-00000000") == f"step-{stopped:08d}", phase
             assert ended == STEPS
         verify(tmp_path / phase / CHECKPOINTS)
         assert _learnt(tmp_path / phase) == wanted, phase
+
+
+def _command(rank: int, port: int, base: str, overrides: Sequence[str], sent: Sent) -> None:
+    """What torchrun would start as this rank of two: `longtrain train`, to its end; what it says goes to `base`/said-RANK."""
+    place = {"RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1")
+    words = ["train", "--recipe", str(Path(base, "recipe.yaml")), *(word for wish in overrides for word in ("--set", wish))]
+    with pytest.MonkeyPatch.context() as patch, Path(base, f"said-{rank}").open("w") as said:
+        patch.setattr(plot, "draw_plots", lambda *_: [])  # they take longer than the run
+        with redirect_stdout(said), redirect_stderr(said), _signal(sent, rank):
+            app(words)
+
+
+def _exit_codes(base: Path, overrides: Sequence[str], sent: Sent) -> list[int | None]:
+    """Of both ranks of the command, each a process."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.warm"])
+    ranks = [server.Process(target=_command, args=(rank, port, str(base), overrides, sent), daemon=True) for rank in range(WORLD)]
+    try:
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(60)
+        return [rank.exitcode for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def _go_on_with_all(ctx: ParallelContext, recipes: dict[str, list[str]]) -> list[int]:
+    return [_train(ctx, overrides) for overrides in recipes.values()]
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(3600)
+def test_every_signal_to_every_rank_in_every_phase(tmp_path: Path) -> None:
+    """By the command: with the exit codes of its processes, and what the main rank says in the end."""
+    common, recipes = _wishes(tmp_path, WORLD), {}
+    (tmp_path / "recipe.yaml").write_text(TEXT)
+    cases = [(phase, number, whom) for phase in PHASES for number in SIGNALS for whom in range(WORLD)]
+    saved, begin = Counter[str](), time.monotonic()
+    for sent in cases:
+        phase, number, whom = sent
+        name = f"{phase} {number.name} {whom}"
+        recipes[name] = [*common, f"output={tmp_path / name}"]
+        codes = _exit_codes(tmp_path, recipes[name], sent)
+        said = [(tmp_path / f"said-{rank}").read_text() for rank in range(WORLD)]
+        assert codes == [STOPPED] * WORLD, (name, said)
+        assert f"{number.name}: stopping after this step" in said[whom], (name, said)
+        step = int(said[0].split("stopped at step ")[1].split(",")[0])
+        assert step in _steps(phase), (name, said)
+        found = [path.name for path in complete(tmp_path / name / CHECKPOINTS)]
+        # before the first step there is nothing to lose
+        assert found[-1:] == ([f"step-{step:08d}"] if step else []), name
+        if found:
+            verify(tmp_path / name / CHECKPOINTS)
+        saved["saved" if found else "nothing to save yet"] += 1
+    recipes["straight"] = [*common, f"output={tmp_path / 'straight'}"]
+    for ends in run_ranks(_go_on_with_all, WORLD, recipes, cp=WORLD, timeout=1800):
+        assert ends == [STEPS] * len(recipes)
+    wanted = _learnt(tmp_path / "straight")
+    assert len(wanted) == WORLD
+    for name in recipes:
+        assert _learnt(tmp_path / name) == wanted, name
+    seconds = time.monotonic() - begin
+    print(f"{sum(saved.values())} of {len(cases)}: both ranks left with {STOPPED}, {dict(saved)}, same bits; {seconds:.0f} s")
+    assert saved["saved"] == len(cases) - len(SIGNALS) * WORLD
 
 
 COMPILER = """#!/bin/sh
@@ -156,7 +242,7 @@ def _train_compiled(ctx: ParallelContext, overrides: Sequence[str], folder: str)
         patch.setattr(config.cpp, "cxx", (str(tools / "g++"),))
         patch.setattr(config, "compile_threads", 1)
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tools / "cache"))
-        return _train(ctx, overrides, None, signal.SIGTERM)
+        return _train(ctx, overrides)
 
 
 @pytest.mark.faults
