@@ -2,7 +2,11 @@
 
 
 class LongtrainError(Exception):
-    """Base of every refusal: one message that names the file, line or field and says what to do."""
+    """Base of every refusal: one message that names the file, line or field and says what to do.
+
+    Where a field of the recipe is to blame the message begins with its dotted name, and the command line puts file and line, or the
+    override, before it (`recipe.load.Written`).
+    """
 
 
 class RecipeError(LongtrainError):

@@ -21,8 +21,10 @@
 
 set -euo pipefail
 
-# the first node's name, and a port that two jobs on one node do not share
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# the first node's name (not by a pipe into head, which may end scontrol, and so the job, by SIGPIPE), and a port that two jobs on
+# one node do not share
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${HOSTS%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 

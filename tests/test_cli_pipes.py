@@ -1,4 +1,4 @@
-"""What becomes of a command whose output nobody reads any more, through real pipes."""
+"""What becomes of a command whose output nobody reads any more, or no disk takes, through real pipes and on a real disk."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from longtrain.cli.terminal import Lasting
-from longtrain.train.checkpoint_folder import verify
+from longtrain.train.checkpoint_folder import complete, verify
 from tests.user import CHECKPOINT, REPOSITORY, SCRIPT, STEPS
 
 pytest_plugins = ("tests.desks",)
@@ -115,10 +117,120 @@ def test_a_terminal_that_has_gone() -> None:
 
 
 class Full(io.StringIO):
-    def write(self, text: str) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    """A file on a disk that has no room."""
+
+    full = True
+
+    def flush(self) -> None:
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_what_else_goes_wrong_is_told() -> None:
+def test_output_that_is_the_work_of_a_command_is_not_lost_in_silence() -> None:
     with pytest.raises(OSError, match="No space left"):
-        Lasting(Full()).write("a line")
+        Lasting(Full()).flush()
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*LONGTRAIN, "recipes", "show", "quickstart"], stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert b"No space left on device" in done.stderr
+
+
+def test_a_full_disk_is_told_each_time_that_it_fills(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = Full()
+    lasting = Lasting(stream, keep_going=True)
+    for full in (True, True, False, True):
+        stream.full = full
+        lasting.write("a line")
+        lasting.flush()
+    remark = "WARNING: output: No space left on device: the work goes on, what it prints meanwhile is lost\n"
+    assert capsys.readouterr().err == 2 * remark
+
+
+@pytest.fixture
+def disk(fresh: None) -> Iterator[Path]:
+    """A file system of 80 MiB."""
+    folder = Path("disk").absolute()
+    folder.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)], capture_output=True
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a small tmpfs cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+# `longtrain ARGUMENTS`, on a disk that is full between the reports of two steps
+FILLING = """
+import sys
+from pathlib import Path
+from longtrain.cli import main
+from longtrain.train import loop
+
+first, last, metrics, filler = int(sys.argv.pop(1)), int(sys.argv.pop(1)), loop._metrics, Path("disk/filler")
+
+def report(run, *rest):
+    if run.progress.step == first:
+        run.settle()
+        with filler.open("wb", buffering=0) as file:
+            for size in (1 << 20, 1):
+                try:
+                    while True:
+                        file.write(bytes(size))
+                except OSError:
+                    pass
+    if run.progress.step == last:
+        filler.unlink()
+    return metrics(run, *rest)
+
+loop._metrics = report
+main()
+"""
+
+
+def trained_on(disk: Path, first: int, last: int, unbuffered: str) -> subprocess.CompletedProcess[str]:
+    """24 steps with a checkpoint after every third, all reports and output on a disk that is full from step `first` to `last`.
+    unbuffered: as Python's environment variable."""
+    settings = ("output=disk/run", "training.steps=24", "checkpoint.every=3", "checkpoint.keep=9", "evaluation.every=null")
+    words = ["--recipe", "recipe.yaml", *(word for setting in settings for word in ("--set", setting))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": unbuffered}
+    # the rest of a page that a file has can be written on a full disk too
+    (disk / "log").write_text("-" * 3000 + "\n")
+    with (disk / "log").open("a") as log:
+        command = [sys.executable, "-c", FILLING, str(first), str(last), "train", *words]
+        done = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True, timeout=120, env=environment, check=False)
+    assert "Traceback" not in done.stderr
+    log, metrics = disk / "log", disk / "run" / "metrics.jsonl"
+    assert done.stderr.count(f"WARNING: <stdout> to {log}: No space left on device: the work goes on") == 1, done.stderr
+    assert done.stderr.count("metrics.jsonl: No space left on device: training goes on, and its reports from step") == 1
+    assert "disk/run/metrics.jsonl" in done.stderr
+    assert metrics.stat().st_size > 1000
+    return done
+
+
+def steps_in(metrics: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+
+
+def test_training_outlives_a_disk_that_fills_and_is_emptied(disk: Path) -> None:
+    done = trained_on(disk, 4, 20, "")
+    assert done.returncode == 0, done.stderr
+    assert "disk/run/metrics.jsonl can be written again: it has the reports of steps" in done.stderr
+    assert steps_in(disk / "run" / "metrics.jsonl") == list(range(1, 25))
+    found = complete(disk / "run" / "checkpoints")
+    assert [path.name for path in found] == [f"step-{step:08d}" for step in (3, 21, 24)]
+    for path in found:
+        verify(path)
+    assert (disk / "log").read_text().endswith("Hugging Face checkpoint: disk/run/huggingface\n")
+
+
+def test_what_a_disk_that_stays_full_has_lost_is_told(disk: Path) -> None:
+    done = trained_on(disk, 4, 99, "1")
+    assert done.returncode == 2
+    *_, lost, refused = done.stderr.splitlines()
+    assert "free on its disk" in refused
+    steps = steps_in(disk / "run" / "metrics.jsonl")
+    assert steps == list(range(1, len(steps) + 1))
+    told = f"the reports of steps {len(steps) + 1} to 24 are lost"
+    assert lost == f"ERROR: disk/run/metrics.jsonl: No space left on device: {told}"
+    verify(disk / "run" / "checkpoints" / "step-00000003")

@@ -8,7 +8,9 @@ import pytest
 
 from longtrain.recipe.explain import FIELDS, dotted, is_section
 from longtrain.recipe.load import builtin_recipes, dump_recipe, load_recipe
+from tests.recipe.bad_paths import MISSING
 from tests.recipe.bad_recipes import BAD_RECIPES, BASE
+from tests.recipe.bad_together import SOUND
 from tests.user import command
 
 
@@ -49,11 +51,33 @@ def test_check_reads_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_every_broken_recipe_is_one_message_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert len(BAD_RECIPES) >= 150
+    assert len(BAD_RECIPES) >= 300
     for old, new, message in BAD_RECIPES:
         Path("x.yaml").write_text(BASE.replace(old, new, 1), encoding="utf-8")
         said = command("recipes", "check", "x.yaml")
         assert (said.code, said.text) == (2, f"error: x.yaml:{message}\n")
+
+
+def test_what_is_next_to_them_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for old, new in SOUND:
+        assert old in BASE
+        Path("x.yaml").write_text(BASE.replace(old, new, 1), encoding="utf-8")
+        assert command("recipes", "check", "x.yaml").text == "x.yaml: sound\n"
+
+
+@pytest.mark.parametrize(("old", "new", "begins", "advises"), MISSING)
+def test_missing_files_are_told_with_the_line_that_names_them(
+    old: str, new: str, begins: str, advises: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert old in BASE
+    Path("x.yaml").write_text(BASE.replace(old, new, 1), encoding="utf-8")
+    said = command("train", "--recipe", "x.yaml")
+    assert said.code == 2
+    assert said.text.startswith(f"error: x.yaml:{begins}")
+    assert advises in said.text
+    assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"], "nothing is written"
 
 
 SECTIONS = [path for path in FIELDS if is_section(path)]

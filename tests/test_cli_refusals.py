@@ -4,102 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from longtrain.attention.reference import ReferenceKernel
-from tests.user import CHECKPOINT, RECIPE, REPOSITORY, SCRIPT, command, process, snapshot, train
+from tests.refusal import Refusal, become_folder, copy_run, cut, flip, link, other_data, overwrite, refused, remove, rewrite, set_
+from tests.user import CHECKPOINT, REPOSITORY, SCRIPT, process, snapshot, train
 
 pytest_plugins = ("tests.desks",)
-
-
-def nothing() -> None:
-    pass
-
-
-def rewrite(old: str, new: str) -> Callable[[], None]:
-    """Changes the recipe on the desk."""
-
-    def change() -> None:
-        assert old in RECIPE
-        Path("recipe.yaml").write_text(RECIPE.replace(old, new, 1))
-
-    return change
-
-
-def overwrite(path: str | Path, content: bytes) -> Callable[[], None]:
-    def change() -> None:
-        Path(path).parent.mkdir(exist_ok=True)
-        Path(path).write_bytes(content)
-
-    return change
-
-
-def become_folder(path: str) -> Callable[[], None]:
-    def change() -> None:
-        Path(path).unlink()
-        Path(path).mkdir()
-
-    return change
-
-
-def link(name: str, target: str) -> Callable[[], None]:
-    return lambda: Path(name).symlink_to(target)
-
-
-def cut(path: str | Path) -> Callable[[], None]:
-    def change() -> None:
-        Path(path).write_bytes(Path(path).read_bytes()[:-2])
-
-    return change
-
-
-def remove(path: str | Path) -> Callable[[], None]:
-    return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
-
-
-def flip(path: str | Path) -> Callable[[], None]:
-    """One bit in the middle of a file."""
-
-    def change() -> None:
-        content = bytearray(Path(path).read_bytes())
-        content[len(content) // 2] ^= 1
-        Path(path).write_bytes(content)
-
-    return change
-
-
-def other_data() -> None:
-    """Another tokenizer and other tokens, whole in themselves."""
-    from longtrain.data.prepare import prepare
-
-    Path("text").mkdir()
-    for number in range(20):
-        Path("text", f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
-    prepare("text", Path("data"), vocab_size=300, held_out=0.2, overwrite=True)
-    shutil.rmtree("text")
-
-
-def copy_run() -> None:
-    shutil.copytree("run", "elsewhere")
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A state of the desk, a command, and what its message must say."""
-
-    says: tuple[str, ...]
-    arguments: tuple[str, ...] = ()
-    prepare: Callable[[], None] = nothing
-
-
-def set_(*overrides: str) -> tuple[str, ...]:
-    return tuple(word for override in overrides for word in ("--set", override))
 
 
 TRAIN_REFUSALS = {
@@ -128,9 +43,10 @@ TRAIN_REFUSALS = {
     "fp16 on cpu": Refusal(("fp16 needs a GPU",), set_("training.precision=fp16")),
     "fp16 on a machine without GPU": Refusal(("fp16 needs a GPU",), set_("training.precision=fp16", "device=auto")),
     "minimal in a ring": Refusal(
-        ("training.activations: minimal", "use full"), ("--dry-run", *set_("parallel.cp=2", "training.activations=minimal"))
+        ("--set training.activations=minimal: minimal runs attention again", "use full"),
+        ("--dry-run", *set_("parallel.cp=2", "training.activations=minimal")),
     ),
-    "no data": Refusal(("data: no such data folder", "prepare_data.py"), (), remove("data")),
+    "no data": Refusal(("recipe.yaml:13: data.path: data: no such data folder", "prepare_data.py"), (), remove("data")),
     "data in a home": Refusal(("data.path=~/data: write the path out",), set_("data.path=~/data")),
     "data is a file": Refusal(("recipe.yaml: is a file, not a folder of prepared data",), set_("data.path=recipe.yaml")),
     "data is a folder above": Refusal(("..: holds no manifest.json",), set_("data.path=..")),
@@ -154,13 +70,15 @@ TRAIN_REFUSALS = {
     ),
     "other tokenizer": Refusal(("data/tokenizer.model: this tokenizer differs",), (), flip("data/tokenizer.model")),
     "no tokenizer": Refusal(("data/tokenizer.model", "cannot be read"), (), remove("data/tokenizer.model")),
-    "weights not there": Refusal(("nowhere: no such folder; model.init is the path",), set_("model.init=nowhere")),
+    "weights not there": Refusal(("--set model.init=nowhere: there is no folder nowhere",), set_("model.init=nowhere")),
     "weights are a file": Refusal(("recipe.yaml: no such folder; model.init is the path",), set_("model.init=recipe.yaml")),
     "weights are no model": Refusal(("..: holds no config.json",), set_("model.init=..")),
-    "weights are a link to itself": Refusal(("link/config.json: cannot be read",), set_("model.init=link"), link("link", "link")),
+    "weights are a link to itself": Refusal(
+        ("--set model.init=link: there is no folder link",), set_("model.init=link"), link("link", "link")
+    ),
     "weights in a home": Refusal(("model.init=~/w: write the path out",), set_("model.init=~/w")),
     "cp auto that fits no ranks": Refusal(
-        ("parallel.cp: auto finds none for 1 ranks", "parallel.ulysses 2"), set_("parallel.cp=auto", "parallel.ulysses=2")
+        ("parallel.cp=auto: auto finds none for 1 ranks", "parallel.ulysses 2"), set_("parallel.cp=auto", "parallel.ulysses=2")
     ),
     "dropout where heads are shared out": Refusal(
         ("--set model.attention_dropout=0.1: parallel.ulysses 2 shares heads out",),
@@ -175,32 +93,13 @@ TRAIN_REFUSALS = {
         ("the split 'train' has", "fewer than one sequence of 100000"), set_("training.sequence_length=100000")
     ),
     "batch larger than the data": Refusal(
-        ("training.batch_size: 1000 are wanted", "training sequences of 32 tokens", "or less"), set_("training.batch_size=1000")
+        ("training.batch_size=1000: 1000 are wanted", "training sequences of 32 tokens", "or less"),
+        set_("training.batch_size=1000"),
     ),
     "more evaluation than data": Refusal(
-        ("evaluation.sequences: 1000 are wanted", "held-out sequences of 32 tokens", "or less"), set_("evaluation.sequences=1000")
+        ("evaluation.sequences=1000: 1000 are wanted", "held-out sequences of 32 tokens", "or less"),
+        set_("evaluation.sequences=1000"),
     ),
-    "run folder is a file": Refusal(("the run's folder run cannot be made", "run is not a folder"), (), overwrite("run", b"")),
-    "run folder below a file": Refusal(("recipe.yaml is not a folder",), set_("output=recipe.yaml/a/b")),
-    "run folder is the current one": Refusal(("output: . is the current folder or one above it",), set_("output=.")),
-    "run folder is one above": Refusal(("output: ../.. is the current folder or one above it",), set_("output=../..")),
-    "run folder is the root": Refusal(("output: / is the current folder or one above it",), set_("output=/")),
-    "run folder is the data": Refusal(("output: data is in data, which is data",), set_("output=data")),
-    "run folder is in the data": Refusal(("output: data/../data/run is in data",), set_("output=./data/../data/run")),
-    "run folder is in the data by a link": Refusal(("output: link/run is in data",), set_("output=link/run"), link("link", "data")),
-    "run folder holds a recipe": Refusal(
-        ("output: mine holds a recipe.yaml that no run wrote and this one would replace",),
-        set_("output=mine"),
-        overwrite("mine/recipe.yaml", b"precious"),
-    ),
-    "run folder is a link to nothing": Refusal(("link is not a folder",), set_("output=link"), link("link", "nowhere")),
-    "run folder is a link to itself": Refusal(("link is not a folder",), set_("output=link"), link("link", "link")),
-    "run folder with a name too long": Refusal(("File name too long",), set_(f"output={'x' * 300}")),
-    "run folder in a home": Refusal(("output=~/x: write the path out, because '~' stands for no folder here",), set_("output=~/x")),
-    "run folder with an invisible name": Refusal(("expected a path, without line breaks",), set_('output="a\\0b"')),
-    "run named by a path": Refusal(("use lower-case letters",), set_("name=../x")),
-    "run named in two lines": Refusal(("use lower-case letters",), set_('name="a\\nb"')),
-    "run folder where no folder can be": Refusal(("/proc/",), set_("output=/proc/longtrain/x")),
     "foreign metrics": Refusal(("run/metrics.jsonl:1: is no report",), (), overwrite("run/metrics.jsonl", b"1\n2\n")),
     "resume from nothing": Refusal(("nowhere: no such folder",), ("--resume", "nowhere")),
     "resume from a file": Refusal(("recipe.yaml: no whole checkpoint here",), ("--resume", "recipe.yaml")),
@@ -274,16 +173,6 @@ TOOL_REFUSALS = {
 }
 
 
-def refused(case: Refusal, *arguments: str) -> None:
-    case.prepare()
-    before = snapshot()
-    said = command(*arguments, *case.arguments)
-    assert said.code == 2, said.text
-    for words in case.says:
-        assert words in said.text
-    assert snapshot() == before, "a refusal leaves everything as it was"
-
-
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("case", TRAIN_REFUSALS.values(), ids=TRAIN_REFUSALS)
 def test_train_refuses(case: Refusal) -> None:
@@ -305,7 +194,7 @@ def test_tools_refuse(case: Refusal) -> None:
 @pytest.mark.usefixtures("fresh")
 def test_kernel_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReferenceKernel, "refuses", lambda self, needs: ["only does what it likes"])
-    case = Refusal(("attention.kernel: reference cannot do this: only does what it likes", "memory_efficient"))
+    case = Refusal(("attention.kernel=reference: reference cannot do this: only does what it likes", "memory_efficient"))
     refused(case, "train", "--recipe", "recipe.yaml", "--set", "attention.kernel=reference")
 
 
@@ -316,28 +205,20 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     refused(Refusal(("the environment has RANK but not WORLD_SIZE",)), "train", "--recipe", "recipe.yaml")
 
 
-@pytest.mark.usefixtures("fresh")
-def test_unwritable_run_folder_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    # the tests may run as root, to whom everything is writable
-    def denied(**_: object) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr("longtrain.train.run_folder.tempfile.TemporaryFile", denied)
-    message = f"the run's folder run cannot be written: {Path.cwd()}: Permission denied"
-    refused(Refusal((message,)), "train", "--recipe", "recipe.yaml")
-
-
 def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.usefixtures("trained")
-def test_full_disk_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("call", "steps"), [("os.fsync", 3), ("longtrain.train.checkpoint.write_tensors", 5)])
+def test_full_disk_at_the_start_and_while_saving(monkeypatch: pytest.MonkeyPatch, call: str, steps: int) -> None:
     before = snapshot(CHECKPOINT)
-    monkeypatch.setattr(os, "fsync", no_space)
+    monkeypatch.setattr(call, no_space)
     said = train("--set", "training.steps=5")
     assert said.code == 2
-    assert "No space left on device" in said.text
+    assert said.text.endswith("No space left on device\n")
+    assert said.text.count("ERROR: a checkpoint could not be saved") == steps - 3, "without the last one it ends"
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == steps
     assert snapshot(CHECKPOINT) == before
 
 
@@ -352,7 +233,7 @@ def test_errors_that_are_ours_keep_their_traceback(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> None:
         raise OSError(errno.ECONNREFUSED, "no disk is to blame")
 
-    monkeypatch.setattr("longtrain.cli.train.load_recipe", broken)
+    monkeypatch.setattr("longtrain.cli.train.load_written", broken)
     with pytest.raises(OSError, match="no disk"):
         train()
 
@@ -382,7 +263,7 @@ def test_empty_corpus() -> None:
     ("damage", "says"),
     [
         (flip(CHECKPOINT / "rank-00000.safetensors"), "SHA-256 differs from the manifest"),
-        (lambda: Path("run/.metrics.jsonl.tmp").mkdir(), "error: run/.metrics.jsonl.tmp: Is a directory"),
+        (lambda: Path("run/.recipe.yaml.tmp").mkdir(), "error: run/.recipe.yaml.tmp: Is a directory"),
     ],
     ids=["on both ranks", "on the main rank"],
 )

@@ -1,7 +1,9 @@
-"""Two torchruns as on two hosts: with one folder between them they train one ring, with a folder each they are refused."""
+"""Two torchruns as on two hosts, also of two names: with one folder between them they train one ring, with a folder each they are
+refused."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -20,6 +22,26 @@ check_shared.__kwdefaults__["patience"] = 0.5
 train_main()
 """
 OVERRIDES = ("parallel.cp=2", "training.steps=2")
+NAMES = ("host-a", "host-b")
+# a command on a host of this name, in a namespace of its own
+NAMED = (
+    "unshare",
+    "--uts",
+    sys.executable,
+    "-c",
+    "import os, socket, sys; socket.sethostname(sys.argv[1]); os.execvp(sys.argv[2], sys.argv[2:])",
+)
+
+
+@pytest.fixture
+def names() -> tuple[str, str]:
+    """Of two hosts that this machine can pretend to be."""
+    if shutil.which(NAMED[0]) is None:
+        pytest.skip("there is no unshare")
+    tried = subprocess.run([*NAMED, NAMES[0], "true"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"another host name is not permitted here: {tried.stderr.strip()[-80:]}")
+    return NAMES
 
 
 def free_port() -> int:
@@ -28,8 +50,8 @@ def free_port() -> int:
         return place.getsockname()[1]
 
 
-def two_hosts(folders: tuple[Path, Path]) -> list[tuple[int, str]]:
-    """Exit code and output of the same command on both, each in its own current folder."""
+def two_hosts(folders: tuple[Path, Path], names: tuple[str, str] | None = None) -> list[tuple[int, str]]:
+    """Exit code and output of the same command on both, each in its own current folder; without names both are this host."""
     port, started = str(free_port()), []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = folders[0].absolute() / "impatient.py"
@@ -39,6 +61,8 @@ def two_hosts(folders: tuple[Path, Path]) -> list[tuple[int, str]]:
         words += ["--node-rank", str(number), "--master-addr", "127.0.0.1", "--master-port", port]
         words += [str(script), "--recipe", "recipe.yaml"]
         words += [word for override in OVERRIDES for word in ("--set", override)]
+        if names is not None:
+            words = [*NAMED, names[number], *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started.append(subprocess.Popen(words, cwd=folder, text=True, env=environment, **pipes))  # type: ignore[call-overload]
     try:
@@ -72,3 +96,22 @@ def test_a_folder_on_each_of_two_hosts() -> None:
         assert "set output to a folder on a file system that all hosts share" in said
     assert not Path("north/run").exists()
     assert not Path("south/run").exists()
+
+
+@pytest.mark.usefixtures("fresh")
+def test_two_names_in_what_explains_a_run(names: tuple[str, str]) -> None:
+    results = two_hosts((Path(), Path()), names)
+    assert [code for code, _ in results] == [0, 0], results
+    (line,) = Path("run/environment.jsonl").read_text().splitlines()
+    assert json.loads(line)["ranks"] == {name: {"cpu": 1} for name in names}
+    assert len(list(Path("run/checkpoints/step-00000002").glob("rank-*.safetensors"))) == 2
+
+
+@pytest.mark.usefixtures("fresh")
+def test_hosts_that_do_not_share_a_folder_are_named(names: tuple[str, str]) -> None:
+    for folder in ("north", "south"):
+        shutil.copytree("data", Path(folder, "data"))
+        shutil.copy("recipe.yaml", folder)
+    for code, said in two_hosts((Path("north"), Path("south")), names):
+        assert code == 1, "torchrun's own"
+        assert f"the run's folder {Path('north/run').absolute()} of {names[0]} is another one on {names[1]}: every rank" in said

@@ -15,6 +15,17 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key, e.g. optimizer.lr=1e-4; repeatable.")
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, or one checkpoint's.")]
+RanksOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Number of ranks to plan for; by default the fewest that the recipe can have."),
+]
+RanksPerHostOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="How many of the planned ranks each machine has; by default 8 where that divides them."),
+]
+HostMemoryOption = Annotated[
+    float | None, typer.Option(min=0, metavar="GIB", help="Memory of each machine to plan for; by default of this one.")
+]
 NewFolderOption = Annotated[
     Path, typer.Option("--out", metavar="FOLDER", help="The Hugging Face folder to write; it must not exist.")
 ]

@@ -12,6 +12,7 @@ import typer
 
 from longtrain.cli.terminal import rank
 from longtrain.errors import LongtrainError
+from longtrain.recipe.load import Written
 
 REFUSED = 2
 INTERRUPTED = 128 + 2  # what a shell reports of a command that SIGINT ended
@@ -40,6 +41,16 @@ def refusals(*, ranks: bool = False) -> Iterator[None]:
             raise
         print(f"error on rank {number}: {message}" if number else f"error: {message}", file=sys.stderr, flush=True)
         raise typer.Exit(REFUSED) from None
+
+
+@contextmanager
+def located(written: Written, field: str | None = None) -> Iterator[None]:
+    """Puts before a refusal of what a recipe asks for where it asks for it; field: to blame where the message names none."""
+    try:
+        yield
+    except LongtrainError as error:
+        error.args = (written.located(str(error), field),)
+        raise
 
 
 def _refusal(error: Exception) -> str | None:

@@ -58,41 +58,66 @@ class Lasting:
     """A stream of text that outlives its reader, such as `head` after ten lines: what is written after that is lost.
 
     The command goes on to its end and keeps its exit code. remark: said once, on stderr, when output begins to be lost.
+    keep_going: whether it outlives a full disk too, or whatever else it cannot be written for: what it then cannot hold back is
+    lost, and a line on stderr says so once, until it can be written again; else OSError is raised.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, keep_going: bool = False) -> None:
         self._stream = stream
         self.remark: str | None = None
+        self.keep_going = keep_going
+        self._full, self._written = False, True
 
     def write(self, text: str) -> int:
-        self._attempt(lambda: self._stream.write(text))
+        self._written = self._attempt(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        self._attempt(self._stream.flush)
+        # a stream without a buffer fails in `write`, and then has nothing to flush
+        if self._attempt(self._stream.flush) and self._written:
+            self._full = False
 
-    def _attempt(self, act: Callable[[], object]) -> None:
+    def _attempt(self, act: Callable[[], object]) -> bool:
+        """Whether it went well."""
         try:
             act()
+            return True
         except OSError as error:
-            if error.errno not in _GONE:
+            if error.errno in _GONE:
+                # the stream still holds what it could not write, and other libraries write there too
+                nothing = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nothing, self._stream.fileno())
+                os.close(nothing)
+                if self.remark is not None:
+                    say_aside(self.remark)
+            elif not self.keep_going:
                 raise
-            # the stream still holds what it could not write, and other libraries write there too
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self._stream.fileno())
-            os.close(nothing)
-            if self.remark is not None:
-                say_aside(self.remark)
+            elif not self._full:
+                self._full = True
+                say_aside(f"WARNING: {self._place()}: {error.strerror}: the work goes on, what it prints meanwhile is lost")
+        return False
+
+    def _place(self) -> str:
+        """The stream's name, and the file that it goes to where the system tells."""
+        name = getattr(self._stream, "name", "output")
+        try:
+            return f"{name} to {os.readlink(f'/proc/self/fd/{self._stream.fileno()}')}"
+        except (OSError, ValueError):
+            return name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def outlive_readers(remark: str | None = None) -> None:
-    """Makes stdout and stderr `Lasting`. remark: what to say when stdout is lost."""
+    """Makes stdout and stderr `Lasting`. remark: what to say when stdout is lost, by commands whose work is not what they print:
+    neither stream ends them for any reason."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Lasting):
             setattr(sys, name, cast(TextIO, Lasting(stream)))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, Lasting):
+            stream.keep_going = remark is not None
     if isinstance(sys.stdout, Lasting):
         sys.stdout.remark = remark

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longtrain.cli.options import RecipeOption, SetOption
+from longtrain.cli.options import HostMemoryOption, RanksOption, RanksPerHostOption, RecipeOption, SetOption
 from longtrain.cli.plan import say_plan
-from longtrain.cli.refusals import refusals
+from longtrain.cli.refusals import located, refusals
 from longtrain.cli.terminal import outlive_readers, rank, say, say_aside, warn
 from longtrain.errors import PlanError
-from longtrain.recipe.load import load_recipe
+from longtrain.recipe.load import Written, load_written
 from longtrain.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -43,28 +43,29 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop, as `longtrain plan` does. Needs no GPU and no data.")
     ] = False,
-    ranks: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of ranks to plan for, with --dry-run.")] = None,
-    host_memory: Annotated[
-        float | None,
-        typer.Option(min=0, metavar="GIB", help="Memory of each machine to plan for, with --dry-run; by default of this one."),
-    ] = None,
+    ranks: RanksOption = None,
+    ranks_per_host: RanksPerHostOption = None,
+    host_memory: HostMemoryOption = None,
 ) -> None:
     """Trains from a recipe. Start several ranks with torchrun."""
     code = 0
     with refusals(ranks=True):
-        chosen = load_recipe(recipe, overrides or [])
-        if dry_run:
-            say_plan(chosen, ranks, host_memory)
-        elif ranks is not None:
-            raise PlanError(f"--ranks goes with --dry-run; to train on {ranks} ranks start torchrun --nproc-per-node {ranks}")
-        elif host_memory is not None:
-            raise PlanError("--host-memory goes with --dry-run; a run measures the memory that it finds")
-        else:
-            code = _train(chosen, resume, until, force_resume)
+        chosen, written = load_written(recipe, overrides or [])
+        with located(written):
+            if dry_run:
+                say_plan(chosen, ranks, ranks_per_host, host_memory)
+            elif ranks is not None or ranks_per_host is not None:
+                option = "--ranks-per-host" if ranks is None else "--ranks"
+                count = ranks_per_host if ranks is None else ranks
+                raise PlanError(f"{option} goes with --dry-run; to train on so many start torchrun --nproc-per-node {count}")
+            elif host_memory is not None:
+                raise PlanError("--host-memory goes with --dry-run; a run measures the memory that it finds")
+            else:
+                code = _train(chosen, written, resume, until, force_resume)
     raise typer.Exit(code)
 
 
-def _train(recipe: Recipe, resume: str, until: int | None, force: bool) -> int:
+def _train(recipe: Recipe, written: Written, resume: str, until: int | None, force: bool) -> int:
     """Trains; returns the exit code."""
     from longtrain.train.signals import STOPPED
     from longtrain.train.tracking import METRICS_FILE
@@ -72,7 +73,7 @@ def _train(recipe: Recipe, resume: str, until: int | None, force: bool) -> int:
     main, reports = rank() == 0, Path(recipe.run_folder) / METRICS_FILE
     outlive_readers(f"nobody reads stdout any more: training goes on, what it prints is lost, and {reports} has its reports")
     try:
-        step, drawn = _run(recipe, resume, until, force)
+        step, drawn = _run(recipe, written, resume, until, force)
     except KeyboardInterrupt:
         if main:
             _say_interrupted(Path(recipe.run_folder))
@@ -88,12 +89,13 @@ def _train(recipe: Recipe, resume: str, until: int | None, force: bool) -> int:
     return STOPPED if asked else 0
 
 
-def _run(recipe: Recipe, resume: str, until: int | None, force: bool) -> tuple[int, list[Path]]:
+def _run(recipe: Recipe, written: Written, resume: str, until: int | None, force: bool) -> tuple[int, list[Path]]:
     """The step that the run is at when it ends, and the plots that it drew, on the main rank. What every rank can refuse by itself
     comes before the ranks meet; nothing is written before that, and a signal ends the process as it does any other."""
     from longtrain.evaluate.plot import draw_plots
     from longtrain.parallel import launch
     from longtrain.plan import make_plan
+    from longtrain.plan.model import check_init
     from longtrain.train.assemble import open_data, open_weights, verify_data
     from longtrain.train.experiment import check_installed
     from longtrain.train.resume import choose
@@ -107,17 +109,23 @@ def _run(recipe: Recipe, resume: str, until: int | None, force: bool) -> tuple[i
     plan = make_plan(recipe, started.world, device.type, started.local_world)
     remarks = launch.check_rings(started, plan.cp)
     check_installed(recipe.tracking)
-    split, unseen = open_data(plan)
+    data = "data.path" if recipe.data.sources is None else "data.sources"
+    with located(written, data):
+        split, unseen = open_data(plan)
     folder = Path(recipe.run_folder)
     check_place(plan.recipe)
     check_writable(folder)
     start = choose(plan.recipe, split, resume, force=force)
     start = replace(start, remarks=(*start.remarks, *remarks))
-    open_weights(plan, start)
+    with located(written, "model.init"):
+        if start.checkpoint is None:
+            check_init(plan.recipe)
+        open_weights(plan, start)
     read_metrics(folder / METRICS_FILE)
     splits = [split] if unseen is None else [split, unseen]
     if started.local_rank == 0:
-        verify_data(splits)
+        with located(written, data):
+            verify_data(splits)
     failed, drawn = True, []
 
     def draw() -> list[Path]:

@@ -9,6 +9,7 @@ from longtrain.data.manifest import check_model_vocab
 from longtrain.data.mixture import Mixture, Split
 from longtrain.data.packed import PackedSplit
 from longtrain.errors import DataError
+from longtrain.recipe.presets import fetch_commands
 from longtrain.recipe.schema import Recipe
 
 
@@ -44,15 +45,29 @@ def prepare_command(recipe: Recipe, folder: str, vocab_size: int | None) -> str:
     return shlex.join(words)
 
 
+def tokenizer_commands(recipe: Recipe) -> list[str]:
+    """Shell commands that bring the tokenizer of `prepare_command` where it is a folder or file that is not there; a comment of the
+    shell where nobody knows them."""
+    data, model = recipe.data, recipe.model
+    wanted = data.tokenizer or model.init
+    if wanted is None or wanted.startswith("hf:") or Path(wanted).exists():
+        return []
+    known = [] if data.tokenizer else fetch_commands(model.preset, wanted)
+    field = "data.tokenizer" if data.tokenizer else "model.init"
+    return known or [f"# first put the tokenizer there: {field} is {wanted}, and is not there yet"]
+
+
 def _check_folders(recipe: Recipe, vocab_size: int | None) -> None:
     files = [folder for folder in recipe.data.folders if Path(folder).is_file()]
     if files:
         raise DataError(f"{files[0]}: is a file, not a folder of prepared data; scripts/prepare_data.py makes one of text")
     missing = [folder for folder in recipe.data.folders if not Path(folder).is_dir()]
     if missing:
-        commands = "".join(f"\n  {prepare_command(recipe, folder, vocab_size)}" for folder in missing)
+        prepare = [prepare_command(recipe, folder, vocab_size) for folder in missing]
+        commands = "".join(f"\n  {command}" for command in [*tokenizer_commands(recipe), *prepare])
         where = "data.path" if recipe.data.path else "data.sources"
+        source = " from data.corpus" if recipe.data.corpus and recipe.data.path else ""
         raise DataError(
-            f"{missing[0]}: no such data folder ({where} is relative to {Path.cwd()}); prepare it with{commands}\n"
+            f"{where}: {missing[0]}: no such data folder (relative to {Path.cwd()}); prepare it{source} with{commands}\n"
             "or name data that is prepared, with data.path; docs/data.md says how to bring your own"
         )

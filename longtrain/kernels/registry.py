@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longtrain.attention.mask import Band
 from longtrain.attention.protocol import AttentionKernel, Needs, band_kind
@@ -36,19 +36,24 @@ def kinds_of(bands: Iterable[Band]) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kernel taken, and for every other one why not."""
+    """The kernel taken, and for every other one why not. rounds: its partial results in a ring are of the inputs' precision, where
+    fp32 was needed."""
 
     kernel: AttentionKernel
     others: dict[str, str]
+    rounds: bool = False
 
 
 def select(needs: Needs, wanted: str = AUTO, candidates: tuple[AttentionKernel, ...] | None = None) -> Choice:
-    """The fastest kernel (`kernels.measured`) that can do all that `needs` holds. Asking by name never falls back.
+    """The fastest kernel (`kernels.measured`) that can do all that `needs` holds. Asking by name never falls back, and
+    accepts partial results that are not fp32.
 
     Raises KernelError with every kernel's reasons where none can, or where the wanted one cannot.
     """
     candidates = kernels() if candidates is None else candidates
-    by_name = {kernel.name: kernel for kernel in candidates}
+    by_name, strict = {kernel.name: kernel for kernel in candidates}, needs
+    if wanted != AUTO:
+        needs = replace(needs, fp32_partials=False)
     reasons = {name: kernel.refuses(needs) for name, kernel in by_name.items()}
     if wanted != AUTO and wanted not in by_name:
         raise KernelError(f"attention.kernel: there is no kernel {wanted!r}; there are: auto, {', '.join(by_name)}")
@@ -68,4 +73,4 @@ def select(needs: Needs, wanted: str = AUTO, candidates: tuple[AttentionKernel, 
     for name, why in reasons.items():
         if name != taken:
             others[name] = "; ".join(why) or (order.behind(name, taken) if wanted == AUTO else f"able, but {taken} was asked for")
-    return Choice(by_name[taken], others)
+    return Choice(by_name[taken], others, rounds=needs != strict and bool(by_name[taken].refuses(strict)))

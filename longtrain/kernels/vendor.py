@@ -53,6 +53,8 @@ class _VendorKernel:
 
     name: str
     widest: int
+    wider: str = ""
+    """What is to be said of larger head dimensions."""
 
     def __init__(self, aten: Any = torch.ops.aten) -> None:
         """aten: where the operators are."""
@@ -68,7 +70,7 @@ class _VendorKernel:
             reasons.append(f"computes in fp16 and bf16, not in {str(needs.dtype).removeprefix('torch.')}")
         for what, width in (("head", needs.head_dim), ("value head", needs.value_dim)):
             if width > self.widest or width % 8:
-                reasons.append(f"has {what} dimensions up to {self.widest}, in multiples of 8")
+                reasons.append(f"has {what} dimensions up to {self.widest}{self.wider}, in multiples of 8")
         if needs.fp32_partials:
             reasons.append("rounds partial results to the precision of its inputs, where a ring's are fp32")
         reasons += [why for feature, why in MODIFIERS.items() if feature in needs.features]
@@ -175,7 +177,8 @@ class CudnnKernel(_VendorKernel):
 
     name = "cudnn"
     widest = 128
-    """Everywhere; 256 only on some GPUs with some versions."""
+    """What every GPU and version can do, forward and backward: a limit of ours."""
+    wider = " (cuDNN may have more, on some GPUs with some versions: not used)"
 
     def _missing(self) -> list[str]:
         return super()._missing() + ["this torch has no cuDNN"] * (not torch.backends.cudnn.is_available())
@@ -265,30 +268,32 @@ class FlashAttention2Kernel(_VendorKernel):
         return Grads(*self.aten._flash_attention_backward(*given, lse, *lengths, 0.0, False, state, none, scale=scale, **windows))
 
     def _documents_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> Partial:
-        packing, whole = _Packing.of(block), self._nothing(q, v)
+        packing, whole = _packing(block), self._nothing(q, v)
         if packing is None:
             return whole
-        lengths, given = packing.lengths, (packing.pack(x) for x in (q, k, v))
+        rows, columns, lengths = packing
+        given = rows.pack(q), columns.pack(k), columns.pack(v)
         out, lse, *_ = self.aten._flash_attention_forward(
             *given, *lengths, 0.0, False, False, scale=scale, **_windows(block.band, 0)
         )
-        if packing.tokens is None:
+        if rows.tokens is None:
             return Partial(out.view(whole.out.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous())
-        whole.out.view(-1, *out.shape[1:])[packing.tokens] = out
+        whole.out.view(-1, *out.shape[1:])[rows.tokens] = out
         flat = whole.lse.transpose(0, 1).flatten(1)
-        flat[:, packing.tokens] = lse
+        flat[:, rows.tokens] = lse
         return Partial(whole.out, flat.unflatten(1, q.shape[:2]).transpose(0, 1).contiguous())
 
     def _documents_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
     ) -> Grads:
-        packing = _Packing.of(block)
+        packing = _packing(block)
         if packing is None:
             return cast_like(zero_grads(q, k, v), q, k, v)
-        given = tuple(packing.pack(x) for x in (dout, q, k, v, out))
-        lses = packing.pack(lse.transpose(1, 2)).T.contiguous()
-        packed = self._gradients(given, lses, packing.lengths, _windows(block.band, 0), scale)
-        return Grads(*(packing.unpack(x, like) for x, like in zip(packed[:3], (q, k, v), strict=True)))
+        rows, columns, lengths = packing
+        given = rows.pack(dout), rows.pack(q), columns.pack(k), columns.pack(v), rows.pack(out)
+        lses = rows.pack(lse.transpose(1, 2)).T.contiguous()
+        dq, dk, dv, _ = self._gradients(given, lses, lengths, _windows(block.band, 0), scale)
+        return Grads(rows.unpack(dq, q), columns.unpack(dk, k), columns.unpack(dv, v))
 
 
 def _windows(band: Band, more: int) -> dict[str, int]:
@@ -299,35 +304,54 @@ def _windows(band: Band, more: int) -> dict[str, int]:
     }
 
 
+Lengths = tuple[Tensor, Tensor, int, int]
+"""The cumulated lengths of the documents, of queries and of keys, and the longest of each."""
+
+
+def _packing(block: Block) -> tuple[_Packing, _Packing, Lengths] | None:
+    """Documents that the queries and the keys of a block share; None where there is none."""
+    q_segments, k_segments, band = block.q_segments, block.k_segments, block.band
+    assert q_segments is not None
+    assert k_segments is not None
+    same = q_segments is k_segments or torch.equal(q_segments, k_segments)
+    if (band.lo is not None and band.lo > 0) or (band.hi is not None and band.hi < 0):
+        raise KernelError("attention kernel flash: takes packed documents under a full, causal or windowed mask only")
+    if not same and band != Band.full():
+        raise KernelError("attention kernel flash: takes packed documents under a causal or windowed mask in self attention only")
+    q_names = _names(q_segments)
+    k_names = q_names if same else _names(k_segments)
+    rows = _Packing.of(q_names, k_names)
+    columns = rows if same else _Packing.of(k_names, q_names)
+    longest = int(rows.ends.diff().max())
+    return (rows, columns, (rows.ends, columns.ends, longest, int(columns.ends.diff().max()))) if longest else None
+
+
+def _names(segments: Tensor) -> Tensor:
+    """int64 [B * T]: a number for each document of the batch, ascending as rows and segments do; PADDING stays."""
+    rows = torch.arange(len(segments), device=segments.device)[:, None] << 32
+    return torch.where(segments == PADDING, PADDING, rows + segments).flatten()
+
+
 class _Packing(NamedTuple):
-    """Documents of a batch one behind the other. tokens: which of the B * T are of a document, None where all are. lengths: the
-    cumulated ones of queries and of keys, and the longest of each."""
+    """Documents of a batch one behind the other. tokens: which of the B * T are of one, None where all are. ends: int32, where each
+    begins among them, and the end of the last."""
 
     tokens: Tensor | None
-    lengths: tuple[Tensor, Tensor, int, int]
+    ends: Tensor
 
     @staticmethod
-    def of(block: Block) -> _Packing | None:
-        """None where there is nothing but padding."""
-        segments, band = block.q_segments, block.band
-        same = segments is block.k_segments or (block.k_segments is not None and torch.equal(block.k_segments, segments))  # type: ignore[arg-type]
-        if segments is None or not same:
-            raise KernelError("attention kernel flash: takes packed documents in self attention only")
-        if (band.lo is not None and band.lo > 0) or (band.hi is not None and band.hi < 0):
-            raise KernelError("attention kernel flash: takes packed documents under a full, causal or windowed mask only")
-        tokens = (segments != PADDING).flatten().nonzero().flatten()
-        if tokens.numel() == 0:
-            return None
-        rows = torch.arange(len(segments), device=segments.device)[:, None] << 32
-        names = (rows + segments).flatten()[tokens]
-        steps, gaps = names.diff(), tokens.diff() != 1
+    def of(names: Tensor, others: Tensor) -> _Packing:
+        """Of the documents with these names, those that are also among the others'."""
+        wanted = names != PADDING
+        if others is not names:
+            wanted &= torch.isin(names, others)
+        tokens = wanted.nonzero().flatten()
+        steps, gaps = names[tokens].diff(), tokens.diff() != 1
         if bool(((steps < 0) | ((steps == 0) & gaps)).any()):
             raise KernelError("attention kernel flash: a document is in several pieces, or documents are not in order")
-        ends = torch.tensor([0, tokens.numel()], device=segments.device)
-        cumulated = torch.cat([ends[:1], steps.nonzero().flatten() + 1, ends[1:]]).to(torch.int32)
-        longest = int(cumulated.diff().max())
-        whole = tokens.numel() == segments.numel()
-        return _Packing(None if whole else tokens, (cumulated, cumulated, longest, longest))
+        both = torch.tensor([0, tokens.numel()], device=names.device)
+        ends = torch.cat([both[:1], steps.nonzero().flatten() + 1, both[1:]]).to(torch.int32)
+        return _Packing(None if tokens.numel() == names.numel() else tokens, ends)
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, ...] as [tokens, ...]."""

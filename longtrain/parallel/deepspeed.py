@@ -6,6 +6,8 @@ of data-parallel ranks at every stage (no mpu, no mesh, no sequence parallel siz
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import sys
 import warnings
@@ -31,15 +33,24 @@ SCALE_WINDOW = 1000
 Gathered = Callable[[nn.Parameter], AbstractContextManager[Any]]
 
 
-def attach() -> None:
-    """Make DeepSpeed use the process group that launch.start created. Safe to call again."""
+def load() -> None:
+    """Import DeepSpeed; best while there is no process group. Functions of it, and of a module of torch that it imports later, take
+    the group of that moment as the default of a parameter, which would then stay, with its threads, to the end of the process."""
     import deepspeed
+    import torch.distributed.nn  # noqa: F401
 
     # Without this DeepSpeed compiles an op with g++ at the first CPU start, and hangs on the lock of a compile that was killed.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Its collectives go by names that torch 2.13 deprecates, once per call site and rank.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor`", FutureWarning)
+
+
+def attach() -> None:
+    """Make DeepSpeed use the process group that launch.start created. Safe to call again."""
+    load()
+    import deepspeed
+
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed()
 
@@ -49,10 +60,16 @@ def detach() -> None:
     if "deepspeed" not in sys.modules:
         return
     import deepspeed
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
     from deepspeed.utils import groups
 
     groups._release_process_group_references()
     deepspeed.comm.comm.cdb = None
+    # ZeRO-3 never lets go of a model, whose parameters know the group: it stays in this list, and in what methods remember
+    FWD_MODULE_STACK.clear()
+    for thing in gc.get_objects():
+        if type(thing) is functools._lru_cache_wrapper and str(thing.__module__).startswith("deepspeed.runtime.zero"):
+            thing.cache_clear()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -138,6 +139,8 @@ def start(
             torch.set_num_threads(max(1, usable_cores() // launch.local_world))
     else:
         torch.cuda.set_device(place)
+    if launch.torchrun:
+        deepspeed.load()
     store = _store(launch, timeout) if rendezvous is None else None
     dist.init_process_group(
         # Host tensors travel by gloo also on GPU machines: token counts and checkpoints need no device.
@@ -188,3 +191,7 @@ def stop(failed: bool = False) -> None:
         return
     deepspeed.detach()
     dist.destroy_process_group()
+    if not failed:
+        # Groups are held by engines, which are cycles. One that outlives this has threads that let go of the last collective's
+        # tensors when they get to it, and the process aborts where the interpreter is on its way out by then.
+        gc.collect()

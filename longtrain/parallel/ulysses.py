@@ -20,7 +20,7 @@ from longtrain.attention.keep import Keep
 from longtrain.attention.layout import SequenceLayout
 from longtrain.attention.mask import AttentionMask
 from longtrain.attention.merge import accumulator_dtype, sinks_gradient
-from longtrain.attention.protocol import PLAIN, Attend, AttentionKernel, Block, Grads, Partial, SoftmaxAttend
+from longtrain.attention.protocol import PLAIN, Attend, AttentionKernel, Block, Grads, Partial, SoftmaxAttend, check_inputs
 from longtrain.attention.spec import AttentionSpec
 from longtrain.errors import KernelError
 from longtrain.kernels import ops
@@ -95,6 +95,7 @@ class UlyssesAttend(SoftmaxAttend):
                 "Ulysses attention takes no dropout: it depends on the number of a head, and a rank knows only how many heads it "
                 "has; use a ring (ulysses 1)"
             )
+        check_inputs(q, k, v, spec)
         call = _Call.of(self, q, k, mask, spec)
         return _UlyssesAttention.apply(q, k, v, spec.sinks, call, keep)  # type: ignore[return-value]
 

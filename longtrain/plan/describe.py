@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from longtrain.data.opening import prepare_command
+from longtrain.data.opening import prepare_command, tokenizer_commands
 from longtrain.models.activations import Activations, held_bytes
 from longtrain.models.families import family_of
 from longtrain.models.flops import training_flops
@@ -14,6 +14,7 @@ from longtrain.plan.host import available_memory, describe_checkpoint
 from longtrain.plan.plan import Plan
 from longtrain.plan.ranks import crowded
 from longtrain.recipe.guards import GuardsSection, SkipAction, SpikeAction
+from longtrain.recipe.presets import fetch_commands
 from longtrain.recipe.schema import Precision, ScheduleKind, TrainingSection
 from longtrain.recipe.zero import Offload
 
@@ -40,7 +41,7 @@ def describe(plan: Plan, host_memory: int | None = None) -> list[tuple[str, str]
         ("recipe", recipe.name),
         ("run folder", recipe.run_folder),
         *(("data", line) for line in _data(plan)),
-        ("ranks", f"{plan.world} on {plan.device}: dp {plan.dp} x {ring}"),
+        ("ranks", f"{plan.world} on {plan.device}{_hosts(plan)}: dp {plan.dp} x {ring}"),
         (
             "model",
             f"{model.family}, {plan.parameters:,} parameters: {model.layers} layers, hidden {model.hidden_size}, "
@@ -80,8 +81,13 @@ def _data(plan: Plan) -> Iterator[str]:
     data, total = plan.recipe.data, sum(plan.recipe.data.folders.values())
     for folder, weight in data.folders.items():
         share = "" if data.sources is None else f", {weight / total:.3g} of the tokens"
-        command = prepare_command(plan.recipe, folder, plan.model.vocab_size)
-        yield folder + share + ("" if Path(folder).exists() else f" (not there yet; before training: {command})")
+        commands = [command for command in tokenizer_commands(plan.recipe) if not command.startswith("#")]
+        commands.append(prepare_command(plan.recipe, folder, plan.model.vocab_size))
+        yield folder + share + ("" if Path(folder).exists() else f" (not there yet; before training: {' && '.join(commands)})")
+
+
+def _hosts(plan: Plan) -> str:
+    return "" if plan.host == plan.world else f", {plan.host} on each of {plan.world // plan.host} machines"
 
 
 def _dropout(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -138,8 +144,11 @@ def _weights(plan: Plan) -> str:
     init = plan.recipe.model.init
     if init is None:
         return f"random, seed {plan.recipe.seed}"
-    there = any(Path(init).glob("*.safetensors"))
-    return f"from {init}" + ("" if there else " (not there yet: put a Hugging Face folder with its weights there before training)")
+    if any(Path(init).glob("*.safetensors")):
+        return f"from {init}"
+    commands = fetch_commands(plan.recipe.model.preset, init)
+    get = " && ".join(commands) if commands else "put a Hugging Face folder with its weights there"
+    return f"from {init} (not there yet; before training: {get})"
 
 
 def _slow(plan: Plan) -> bool:
@@ -149,6 +158,11 @@ def _slow(plan: Plan) -> bool:
 def _warnings(plan: Plan) -> Iterator[str]:
     """What would be done without a word."""
     recipe, dtype = plan.recipe, plan.recipe.training.precision
+    if plan.kernel.rounds:
+        yield (
+            f"kernel {plan.kernel.kernel.name} rounds partial results to {dtype} between the blocks of a ring, where others keep "
+            "fp32: in tests up to 2.5 times the error of plain attention in that precision, plus 2e-3"
+        )
     if crowded(recipe, plan.cp):
         tokens = recipe.training.micro_batch_size * plan.local_length
         wanted = recipe.parallel.tokens_per_rank

@@ -12,7 +12,8 @@ from longtrain.models.config import ModelConfig
 from longtrain.models.config_json import CONFIG, read_config
 from longtrain.models.pretrained import open_pretrained
 from longtrain.models.rope import kind_of, make_scaling
-from longtrain.recipe.model import Extend, ModelSection, RopeKind
+from longtrain.recipe.model import ModelSection, RopeKind
+from longtrain.recipe.presets import fetch_commands
 from longtrain.recipe.schema import Recipe
 
 # Fields that the weights decide. What else config.json says, a recipe may replace: that is how a context is extended.
@@ -51,12 +52,15 @@ def resolve(recipe: Recipe) -> Recipe:
     if not folder.exists():
         if model.missing:
             raise PlanError(
-                f"model.init: there is no folder {folder} (relative to the current directory); put a Hugging Face folder there, or "
+                f"model.init: there is no folder {folder} (relative to {Path.cwd()}); put a Hugging Face folder there, or "
                 f"set model.preset or {', '.join(f'model.{name}' for name in model.missing)} to plan without it"
             )
         return recipe
-    config = read_config(folder)
-    _refuse_pickles(folder, config)
+    try:
+        config = read_config(folder)
+        _refuse_pickles(folder, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.init: {error}") from None
     stored = _section_values(config)
     given = {name: getattr(model, name) for name in model.model_fields_set}
     differing = [name for name in FIXED if given.get(name) is not None and given[name] != stored[name]]
@@ -69,8 +73,17 @@ def resolve(recipe: Recipe) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in ("model", *first["loc"]))
-        raise CheckpointError(f"{folder / CONFIG}: no recipe can say this: {field}: {first['msg']}") from None
+        raise CheckpointError(f"model.init: {folder / CONFIG}: no recipe can say this: {field}: {first['msg']}") from None
     return recipe.model_copy(update={"model": completed})
+
+
+def check_init(recipe: Recipe) -> None:
+    """Raises PlanError where `model.init` is not there, with what brings it."""
+    init = recipe.model.init
+    if init is not None and not Path(init).exists():
+        commands = "".join(f"\n  {command}" for command in fetch_commands(recipe.model.preset, init))
+        get = f"get it with{commands}" if commands else "put a Hugging Face folder with its weights there"
+        raise PlanError(f"model.init: there is no folder {init} (relative to {Path.cwd()}); {get}")
 
 
 def _refuse_pickles(folder: Path, config: ModelConfig) -> None:
@@ -92,13 +105,7 @@ def model_config(recipe: Recipe) -> ModelConfig:
     """The decoder that a resolved recipe describes. Raises PlanError where it cannot be built or cannot see the sequence."""
     model, length = recipe.model, recipe.training.sequence_length
     if model.missing:
-        raise PlanError(f"model.{model.missing[0]} is not known; set it, or model.preset, or a model.init that is there")
-    known = model.max_positions or length
-    if model.init is not None and model.family == "opt" and length > known and model.positions.extend is Extend.REFUSE:
-        raise PlanError(
-            f"training.sequence_length: {length} tokens, but the weights of model.init have learned {known} positions; shorten "
-            "it, or set model.positions.extend to interpolate or random"
-        )
+        raise PlanError(f"model.{model.missing[0]}: is not known; set it, or model.preset, or a model.init that is there")
     scaling = model.rope_scaling
     kind = scaling.kind
     numbers = scaling.model_dump(exclude={"kind"})
@@ -111,7 +118,7 @@ def model_config(recipe: Recipe) -> ModelConfig:
         kv_heads=_known(model.key_value_heads),
         head_dim=_known(model.dim_per_head),
         intermediate_size=_known(model.intermediate_size),
-        max_positions=max(known, length),
+        max_positions=max(model.max_positions or length, length),
         rope_theta=model.rope_theta,
         rope_scaling=None if kind is RopeKind.NONE else make_scaling(kind.value, length, **numbers),
         norm_eps=model.norm_eps,

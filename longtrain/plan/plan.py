@@ -13,11 +13,11 @@ from longtrain.kernels.layers import FUSABLE, fusable
 from longtrain.kernels.registry import Choice, kinds_of, select
 from longtrain.models.config import ModelConfig
 from longtrain.models.families import family_of, parameter_count
-from longtrain.parallel.ulysses import UlyssesLayout, refuses_heads
+from longtrain.parallel.ulysses import UlyssesLayout
 from longtrain.parallel.zero_config import DTYPES, deepspeed_config
 from longtrain.plan.model import model_config, resolve
 from longtrain.plan.ranks import share
-from longtrain.recipe.schema import Activations, Device, Precision, Recipe
+from longtrain.recipe.schema import Device, Recipe
 from longtrain.recipe.zero import overlaid
 
 
@@ -72,20 +72,9 @@ def make_plan(recipe: Recipe, world: int, device: str, host: int | None = None) 
     recipe = resolve(recipe)
     training, parallel = recipe.training, recipe.parallel
     dp, cp = share(recipe, world, host or world)
-    if training.batch_size % (dp * training.micro_batch_size):
-        raise PlanError(
-            f"training.batch_size {training.batch_size} is not a multiple of dp {dp} x training.micro_batch_size "
-            f"{training.micro_batch_size}; change one of them or the number of ranks"
-        )
     if recipe.device is not Device.AUTO and recipe.device != device:
         raise PlanError(f"device: the recipe wants {recipe.device}, this plan is for {device}")
-    if training.precision is Precision.FP16 and device == "cpu":
-        raise PlanError("training.precision: fp16 needs a GPU; use fp32 or bf16, or device cuda")
-    if training.activations is Activations.MINIMAL and cp > 1:
-        raise PlanError(
-            "training.activations: minimal runs attention again in the backward, and with parallel.cp > 1 its exchange too; "
-            "use full, which keeps the attention output"
-        )
+    _judge_again(recipe, dp, cp, device)
     layout = _ring(recipe) if parallel.ulysses == 1 else UlyssesLayout(_ring(recipe), parallel.ulysses)
     padded_length, band = layout.padded_length(training.sequence_length, cp), Band.causal(recipe.model.window)
     model = model_config(recipe)
@@ -110,6 +99,15 @@ def make_plan(recipe: Recipe, world: int, device: str, host: int | None = None) 
     )
 
 
+def _judge_again(recipe: Recipe, dp: int, cp: int, device: str) -> None:
+    """Raises PlanError for what the recipe would be refused for if it said what is known only now: the whole shape of its decoder,
+    the ranks, the device."""
+    parallel = recipe.parallel.model_copy(update={"dp": dp, "cp": cp})
+    known = recipe.model_copy(update={"parallel": parallel, "device": Device(device)})
+    for conflict in known.conflicts():
+        raise PlanError(f"{conflict.field}: {conflict.message}")
+
+
 def _deepspeed(recipe: Recipe, world: int, accumulation: int) -> dict[str, Any]:
     generated = deepspeed_config(
         stage=recipe.zero.stage,
@@ -129,9 +127,6 @@ def _ring(recipe: Recipe) -> SequenceLayout:
 
 def _kernel(recipe: Recipe, model: ModelConfig, length: int, cp: int, band: Band, device: str) -> Choice:
     """The attention kernel for all blocks of the ring's schedule; length: of a padded sequence."""
-    unshared = refuses_heads(model.heads, model.kv_heads, recipe.parallel.ulysses)
-    if unshared is not None:
-        raise PlanError(f"parallel.ulysses: {unshared}; change parallel.ulysses (1: a ring of all cp ranks)")
     ranks = cp // recipe.parallel.ulysses
     dropout: frozenset[str] = frozenset({"dropout"} if model.attention_dropout else ())
     schedule = ring_plan(_ring(recipe), length, length, ranks, band, positional=bool(dropout))
@@ -144,15 +139,13 @@ def _kernel(recipe: Recipe, model: ModelConfig, length: int, cp: int, band: Band
 def _fused(recipe: Recipe, model: ModelConfig, device: str) -> tuple[str, ...]:
     """The layers to fuse, in the order of FUSABLE. On a CPU kernels run in Triton's interpreter only, and never unasked."""
     wanted, able = recipe.training.fused, fusable(device)
-    family = family_of(model)
-    absent = {"rotary"} if family.positions != "rotary" else set()
-    absent |= {"mlp"} if family.mlp != "swiglu" else set()
     if wanted == "auto":
+        family = family_of(model)
+        absent = {"rotary"} if family.positions != "rotary" else set()
+        absent |= {"mlp"} if family.mlp != "swiglu" else set()
         return tuple(name for name in able if name not in absent) if device == "cuda" else ()
     if wanted == "none":
         return ()
-    for name in sorted(absent.intersection(wanted)):
-        raise PlanError(f"training.fused: a model of family {model.family} has no {name} to fuse; delete it from the list")
     unable = [name for name in wanted if name not in able]
     if unable:
         raise PlanError(

@@ -20,7 +20,7 @@ def share(recipe: Recipe, world: int, host: int) -> tuple[int, int]:
         return world // cp, cp
     if dp * cp != world:
         raise PlanError(
-            f"parallel: dp {dp} x cp {cp} needs {dp * cp} ranks, there are {world}; start torchrun --nproc-per-node {dp * cp}, "
+            f"parallel.dp: dp {dp} x cp {cp} needs {dp * cp} ranks, there are {world}; start torchrun --nproc-per-node {dp * cp}, "
             "or set parallel.dp to auto"
         )
     return dp, cp

@@ -1,5 +1,6 @@
 """What is wrong with a recipe, in plain words: unknown keys with the key that was meant, and values with what was expected."""
 
+import re
 import types
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -50,6 +51,7 @@ FOREIGN_NAMES: dict[str, Path] = {
     "train_micro_batch_size_per_gpu": ("training", "micro_batch_size"),
     "zero_optimization": ("zero",),
 }
+_WITH_UNIT = re.compile(r"[-+]?[0-9][0-9._]* ?[A-Za-z%]+")
 _SWITCHES = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
 _LIMITS = {
     "greater_than": ("gt", "greater than"),
@@ -193,6 +195,8 @@ def _text_advice(wanted: str, value: str) -> str:
         return f"; did you mean {close[0]!r}?"
     if "null" in wanted and lower in ("none", "nil", "no", "off"):
         return "; write null"
+    if "number" in wanted and _WITH_UNIT.fullmatch(value):
+        return "; write the number alone and in full, without a unit"
     if wanted == "true or false" and lower in _SWITCHES:
         return f"; write {_SWITCHES[lower]}"
     try:
@@ -215,8 +219,9 @@ def _bad_value(path: Path, error: Any) -> str:
     if kind == "value_error":
         return f"{error['ctx']['error']}; found {found(value)}"
     annotation = FIELDS[tuple(part for part in path if isinstance(part, str))].annotation
-    if isinstance(path[-1], int):
-        return f"expected a number, found {found(value)}"
+    # an element of a list, or a value of a section of numbers
+    if isinstance(path[-1], int) or ("'name: number'" in expected(annotation) and error["loc"] != path):
+        annotation = float
     return f"expected {expected(annotation)}, found {found(value)}{_advice(annotation, value)}"
 
 

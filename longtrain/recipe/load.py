@@ -1,5 +1,6 @@
 """Recipes in and out: a YAML file and `--set` overrides to a frozen Recipe, and back to text."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -14,6 +15,7 @@ from longtrain.recipe import tree
 from longtrain.recipe.explain import FIELDS, dotted, expected, explain, is_section, meant
 from longtrain.recipe.schema import Recipe
 from longtrain.recipe.secret import ADVICE, hidden, secrets_in
+from longtrain.recipe.section import path_text
 
 MAX_BYTES = 1024 * 1024
 EXTENDS = "extends"
@@ -21,6 +23,7 @@ NOT_INHERITED: tuple[tree.Path, ...] = (("name",), ("output",))
 CORPUS: tree.Path = ("data", "corpus")
 """What `data.path` is prepared from: not inherited by a recipe that names another path."""
 _SUFFIXES = (".yaml", ".yml")
+_BEGINS_WITH_A_FIELD = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)[: ]")
 
 
 def recipes_folder() -> Path:
@@ -46,16 +49,26 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         RecipeError: one line for every problem: `file:line: key.path: what is wrong, and what to do`, with
             `--set key.path=value` in the place of `file:line` where an override is to blame.
     """
+    return load_written(name_or_path, overrides)[0]
+
+
+def load_written(name_or_path: str | Path, overrides: Sequence[str] = ()) -> "tuple[Recipe, Written]":
+    """`load_recipe`, and where its values are written."""
     path = _find(name_or_path)
     name = _shown(path)
-    return parse_recipe(_read(path, name), name, overrides)
+    return _parse_written(_read(path, name), name, overrides)
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """`load_recipe` of YAML text; `name` is what messages call it."""
+    return _parse_written(text, name, overrides)[0]
+
+
+def _parse_written(text: str, name: str, overrides: Sequence[str]) -> "tuple[Recipe, Written]":
     files = _with_parent(_parse(text, name))
     values = dict(_overlaid(files[-1].value, files[0].value))
     replaced, complaints = _override(values, overrides)
+    written = Written(files, replaced)
 
     recipe, problems = None, []
     try:
@@ -63,21 +76,21 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         problems = explain(error)
     problems = [*problems, *(tree.Problem(path, ADVICE) for path in secrets_in(values))]
-    in_files = [(number, p.line or file.line(p.path), file, p) for number, file in enumerate(files) for p in file.problems]
+    in_files = [
+        (number, line, file.told(line, p))
+        for number, file in enumerate(files)
+        for p in file.problems
+        for line in (p.line or file.line(p.path),)
+    ]
     for problem in problems:
-        blamed = next((path for path in replaced if path == problem.path[: len(path)]), None)
-        if blamed is not None:
-            inside = tuple(part for part in problem.path[len(blamed) :] if isinstance(part, str))
-            place = f"{dotted(inside)}: " if inside else ""
-            complaints.append(f"--set {replaced[blamed]}: {place}{problem.message}")
-            continue
-        # the file that says most of the path, and of two the one that was given
-        number, file = max(enumerate(files), key=lambda entry: (entry[1].depth(problem.path), -entry[0]))
-        in_files.append((number, file.line(problem.path), file, problem))
+        if written.replaces(problem.path) is None:
+            number, file = written.says(problem.path)
+            in_files.append((number, file.line(problem.path), written.told(problem)))
+        else:
+            complaints.append(written.told(problem))
     if recipe is None or in_files or complaints:
-        told = [(number, line, file.told(line, problem)) for number, line, file, problem in in_files]
-        raise RecipeError(hidden("\n".join([text for *_, text in sorted(told)] + complaints)))
-    return recipe
+        raise RecipeError(hidden("\n".join([text for *_, text in sorted(in_files)] + complaints)))
+    return recipe, written
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,50 @@ class _File:
         return f"{self.name}:{line}: {place}{problem.message}"
 
 
+@dataclass(frozen=True)
+class Written:
+    """Where the values of a recipe are written. files: the one that was given, and the one that it extends. replaced: the arguments
+    of `--set`, by path."""
+
+    files: list[_File]
+    replaced: dict[tree.Path, str]
+
+    def replaces(self, path: tree.Path) -> tree.Path | None:
+        """The path of the override that says the value."""
+        return next((override for override in self.replaced if override == path[: len(override)]), None)
+
+    def says(self, path: tree.Path) -> tuple[int, _File]:
+        """The file that says most of the path, and of two the one that was given; with its number."""
+        return max(enumerate(self.files), key=lambda entry: (entry[1].depth(path), -entry[0]))
+
+    def told(self, problem: tree.Problem) -> str:
+        """`file:line: key.path: message`, or `--set key.path=value: message`."""
+        override = self.replaces(problem.path)
+        if override is None:
+            _, file = self.says(problem.path)
+            return file.told(file.line(problem.path), problem)
+        inside = tuple(part for part in problem.path[len(override) :] if isinstance(part, str))
+        place = f"{dotted(inside)}: " if inside else ""
+        return f"--set {self.replaced[override]}: {place}{problem.message}"
+
+    def located(self, refusal: str, field: str | None = None) -> str:
+        """A later refusal, told as those of the recipe itself are, where it begins with the name of a field.
+
+        field: the one to blame where it does not. A name of one word may as well be a file's, so that it counts after `field`.
+        """
+        found = _BEGINS_WITH_A_FIELD.match(refusal)
+        path: tree.Path = tuple(found[1].split(".")) if found else ()
+        if path not in FIELDS or (len(path) == 1 and (field is not None or is_section(path))):
+            if field is None:
+                return refusal
+            path, refusal = tuple(field.split(".")), f"{field}: {refusal}"
+        override = self.replaces(path)
+        if override is not None:
+            return hidden(f"--set {self.replaced[override]}: {refusal.removeprefix(f'{dotted(path)}: ')}")
+        _, file = self.says(path)
+        return hidden(f"{file.name}:{file.line(path)}: {refusal}")
+
+
 def _parse(text: str, name: str) -> _File:
     try:
         document = tree.parse(text)
@@ -133,9 +190,9 @@ def _with_parent(file: _File) -> list[_File]:
     if not isinstance(wanted, str) or not wanted.strip():
         raise RecipeError(f"{file.name}:{line}: {EXTENDS}: expected one recipe, by the name of a built-in one or by its path")
     try:
-        path = _find(wanted)
+        path = _find(path_text(wanted))
         parent = _parse(_read(path, _shown(path)), _shown(path))
-    except RecipeError as error:
+    except (RecipeError, ValueError) as error:
         raise RecipeError(f"{file.name}:{line}: {EXTENDS}: {error}") from None
     if EXTENDS in parent.value:
         raise RecipeError(f"{file.name}:{line}: {EXTENDS}: {parent.name} extends another recipe itself; extend that one directly")

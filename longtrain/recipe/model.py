@@ -38,6 +38,9 @@ def _preset(text: str) -> str:
 
 
 Preset = Annotated[str, AfterValidator(_preset)]
+MOST_LAYERS, MOST_FEATURES = 10_000, 65_536
+"""Tables are made of these many lines, so that a number which is nonsense must not be tried."""
+
 Positive = Annotated[float, Field(gt=0)]
 Factors = Annotated[tuple[Positive, ...], Field(strict=False)]
 
@@ -144,7 +147,7 @@ class ModelSection(Section):
     )
     vocab_size: Int | None = Field(default=None, ge=2, description="Number of tokens in the vocabulary; at least the tokenizer's.")
     hidden_size: Int | None = Field(default=None, ge=1, description="Width of the residual stream, in features.")
-    layers: Int | None = Field(default=None, ge=1, description="Number of decoder blocks.")
+    layers: Int | None = Field(default=None, ge=1, le=MOST_LAYERS, description="Number of decoder blocks.")
     heads: Int | None = Field(default=None, ge=1, description="Number of query heads.")
     kv_heads: Int | None = Field(
         default=None, ge=1, description="Number of key/value heads, a divisor of heads; null: as many as heads."
@@ -245,6 +248,17 @@ class ModelSection(Section):
         elif dim % 2:
             blamed = "heads" if self.head_dim is None else "head_dim"
             yield Conflict(blamed, f"a head has {dim} features, but rotary positions turn pairs of features; make it even")
+        elif dim > MOST_FEATURES:
+            yield Conflict(
+                "heads" if self.head_dim is None else "head_dim", f"a head has {dim} features; at most {MOST_FEATURES} work"
+            )
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope_scaling, name)
+            if factors is not None and len(factors) != dim // 2:
+                yield Conflict(
+                    f"rope_scaling.{name}",
+                    f"has {len(factors)} numbers, but a head of {dim} features has {dim // 2} pairs of them; give one a pair",
+                )
 
     def _opt_conflicts(self) -> Iterator[Conflict]:
         """What no OPT model has."""

@@ -1,7 +1,8 @@
-"""Public models by name: the fields of a recipe's model section as their config.json has them."""
+"""Public models by name: the fields of a recipe's model section as their config.json has them, and where they can be had."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,3 +57,36 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "opt-2.7b": _OPT | {"hidden_size": 2560, "layers": 32, "heads": 32, "intermediate_size": 10240},
     "opt-6.7b": _OPT | {"hidden_size": 4096, "layers": 32, "heads": 32, "intermediate_size": 16384},
 }
+
+_NO_BIN, _NO_ORIGINAL = ("--exclude", "*.bin"), ("--exclude", "original/*")
+_PICKLED = ("--include", "*.json", "--include", "*.txt", "--include", "pytorch_model*")
+
+HUB: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "llama-7b": ("huggyllama/llama-7b", _NO_BIN),
+    "llama-13b": ("huggyllama/llama-13b", _NO_BIN),
+    "llama-2-7b": ("meta-llama/Llama-2-7b-hf", _NO_BIN),
+    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B", _NO_ORIGINAL),
+    "llama-3.2-1b": ("meta-llama/Llama-3.2-1B", _NO_ORIGINAL),
+    "tinyllama-1.1b": ("TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", _NO_BIN),
+    "mistral-7b": ("mistralai/Mistral-7B-v0.1", _NO_BIN),
+    "qwen2-7b": ("Qwen/Qwen2-7B", ()),
+    "opt-125m": ("facebook/opt-125m", _PICKLED),
+    "opt-1.3b": ("facebook/opt-1.3b", _PICKLED),
+    "opt-2.7b": ("facebook/opt-2.7b", _PICKLED),
+    "opt-6.7b": ("facebook/opt-6.7b", _PICKLED),
+}
+"""Their repositories on the Hugging Face hub, and which files to take: the same weights are there in several forms."""
+
+
+def fetch_commands(preset: str | None, folder: str) -> list[str]:
+    """Shell commands that bring the public weights and tokenizer of a preset to `folder`; none without a preset."""
+    if preset is None:
+        return []
+    repository, files = HUB[preset]
+    if files is not _PICKLED:
+        return [shlex.join(["hf", "download", repository, *files, "--local-dir", folder])]
+    pickled = f"{folder.rstrip('/')}-hub"
+    return [
+        shlex.join(["hf", "download", repository, *files, "--local-dir", pickled]),
+        shlex.join(["python", "scripts/convert_checkpoint.py", pickled, "--out", folder]),
+    ]

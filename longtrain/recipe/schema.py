@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from longtrain.recipe.guards import GuardsSection, SkipAction
-from longtrain.recipe.model import ModelSection
-from longtrain.recipe.section import Conflict, Int, PathText, Section
+from longtrain.recipe.model import Extend, Family, ModelSection
+from longtrain.recipe.parallel import ParallelSection, refuses_heads
+from longtrain.recipe.section import Conflict, Int, OutputText, PathText, Section
 from longtrain.recipe.zero import ZeroSection
 
 _NAME_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789._-")
@@ -44,12 +45,6 @@ class KernelName(StrEnum):
     FLASH = "flash"
     REFERENCE = "reference"
     MEMORY_EFFICIENT = "memory_efficient"
-
-
-class Layout(StrEnum):
-    CONTIGUOUS = "contiguous"
-    ZIGZAG = "zigzag"
-    STRIPED = "striped"
 
 
 class ScheduleKind(StrEnum):
@@ -170,47 +165,11 @@ class AttentionSection(Section):
     kernel: KernelName = Field(
         default=KernelName.AUTO,
         strict=False,
-        description="Attention kernel: auto (the fastest that can do the task), or one by name, which never falls back: "
-        "triton (CUDA GPUs), cudnn and flash (cuDNN's, which takes no packed documents, and FlashAttention-2, as PyTorch brings "
-        "them: no ring, and gradients that differ from run to run in the last bits), reference (plain PyTorch, memory "
-        "grows with the square of the sequence), memory_efficient (plain PyTorch in tiles).",
+        description="Attention kernel: auto (the fastest that can do the task with the same bits in every run), or one by name, which never"
+        " falls back: triton (CUDA GPUs), cudnn and flash (cuDNN's, which takes no packed documents, and FlashAttention-2, as "
+        "PyTorch brings them: rings round partial results, and gradients differ from run to run in the last bits), reference "
+        "(plain PyTorch, memory grows with the square of the sequence), memory_efficient (plain PyTorch in tiles).",
     )
-
-
-class ParallelSection(Section):
-    """How ranks share the work: the number of ranks is dp * cp."""
-
-    dp: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
-        default="auto", description="Data-parallel groups of ranks; auto: all ranks divided by cp."
-    )
-    cp: Annotated[Int, Field(ge=1)] | Literal["auto"] = Field(
-        default=1,
-        description="Ranks that share each sequence (context parallelism); auto: as few as keep to tokens_per_rank, inside one "
-        "host where its ranks can hold a sequence.",
-    )
-    tokens_per_rank: Int = Field(
-        default=16384,
-        ge=1,
-        description="Tokens of one forward pass that a rank should hold at most, where cp is auto; too few ranks hold more, and "
-        "the plan says so.",
-    )
-    ulysses: Int = Field(
-        default=1,
-        ge=1,
-        description="How many of the cp ranks share attention heads in the place of positions, a divisor of cp: 1 (all are one "
-        "ring) to cp (no ring). Query heads must split over them; key-value heads must too, or each goes to several.",
-    )
-    layout: Layout = Field(
-        default=Layout.ZIGZAG,
-        strict=False,
-        description="Which positions of a sequence each ring rank holds: contiguous (one run each), zigzag (an early and "
-        "a late run each, balances causal attention), striped (every cp-th position). With ulysses, the ranks that share heads "
-        "hold equal runs of what one rank of a ring of cp / ulysses would.",
-    )
-
-    def conflicts(self) -> Iterator[Conflict]:
-        if self.cp != "auto" and self.cp % self.ulysses:
-            yield Conflict("ulysses", f"{self.ulysses} does not divide cp {self.cp}; change one of them")
 
 
 class OptimizerSection(Section):
@@ -315,7 +274,7 @@ class Recipe(Section):
     device: Device = Field(
         default=Device.AUTO, strict=False, description="Where to run: auto (cuda where there is a GPU), cpu, cuda."
     )
-    output: PathText | None = Field(default=None, description="Run folder, relative to the current directory; null: runs/<name>.")
+    output: OutputText | None = Field(default=None, description="Run folder, relative to the current directory; null: runs/<name>.")
     model: ModelSection = Field(description="Shape of the decoder.")
     data: DataSection = Field(description="Text to train on.")
     training: TrainingSection = Field(description="Amount of training, and how one step is held in memory.")
@@ -345,27 +304,70 @@ class Recipe(Section):
         return dp * parallel.ulysses * -(-held // (parallel.tokens_per_rank * parallel.ulysses))
 
     def conflicts(self) -> Iterator[Conflict]:
-        training, schedule, parallel = self.training, self.schedule, self.parallel
-        if training.precision is not Precision.FP32 and self.zero.stage == 0:
-            yield Conflict(
-                "zero.stage",
-                f"stage 0 trains in fp32 only: in {training.precision} DeepSpeed takes a phantom Adam step at start; "
-                "use stage 1, or precision fp32",
-            )
-        if self.model.attention_dropout and parallel.ulysses > 1:
-            yield Conflict(
-                "model.attention_dropout",
-                f"parallel.ulysses {parallel.ulysses} shares heads out, and a rank does not know the number of its heads, on which "
-                "dropout depends; use a ring (ulysses 1), or model.dropout alone",
-            )
-        if training.precision is Precision.FP16 and self.device is Device.CPU:
-            yield Conflict("training.precision", "fp16 needs a GPU; use fp32 or bf16, or device cuda")
+        yield from self._precision_conflicts()
+        yield from self._sharing_conflicts()
+        yield from self._model_conflicts()
+        yield from self._schedule_conflicts()
         if self.guards.on_max_skipped is SkipAction.ROLL_BACK and (self.checkpoint.keep == 1 or self.checkpoint.every is None):
             yield Conflict(
                 "guards.on_max_skipped",
                 "roll_back needs checkpoints, and more than the newest one, which may be spoilt: set checkpoint.every, and "
                 "checkpoint.keep to 2 or more",
             )
+
+    def _precision_conflicts(self) -> Iterator[Conflict]:
+        precision = self.training.precision
+        if precision is not Precision.FP32 and self.zero.stage == 0:
+            yield Conflict(
+                "zero.stage",
+                f"stage 0 trains in fp32 only: in {precision} DeepSpeed takes a phantom Adam step at start; "
+                "use stage 1, or precision fp32",
+            )
+        if precision is Precision.FP16 and self.device is Device.CPU:
+            yield Conflict("training.precision", "fp16 needs a GPU; use fp32 or bf16, or device cuda")
+
+    def _sharing_conflicts(self) -> Iterator[Conflict]:
+        """Between what a rank does and how ranks share it."""
+        training, parallel, model = self.training, self.parallel, self.model
+        if model.attention_dropout and parallel.ulysses > 1:
+            yield Conflict(
+                "model.attention_dropout",
+                f"parallel.ulysses {parallel.ulysses} shares heads out, and a rank does not know the number of its heads, on which "
+                "dropout depends; use a ring (ulysses 1), or model.dropout alone",
+            )
+        unshared = refuses_heads(model.heads, model.key_value_heads, parallel.ulysses)
+        if unshared is not None:
+            yield Conflict("parallel.ulysses", f"{unshared}; change it (1: a ring of all cp ranks)")
+        if training.activations is Activations.MINIMAL and (parallel.cp not in (1, "auto") or parallel.ulysses > 1):
+            yield Conflict(
+                "training.activations",
+                "minimal runs attention again in the backward, and with parallel.cp > 1 its exchange too; use full, which keeps "
+                "the attention output",
+            )
+        if parallel.dp != "auto" and training.batch_size % (parallel.dp * training.micro_batch_size):
+            yield Conflict(
+                "training.batch_size",
+                f"{training.batch_size} is not a multiple of parallel.dp {parallel.dp} x training.micro_batch_size "
+                f"{training.micro_batch_size}; change one of them, or the number of ranks",
+            )
+
+    def _model_conflicts(self) -> Iterator[Conflict]:
+        """Between the model and how it is trained."""
+        training, model = self.training, self.model
+        absent = [name for name in ("rotary", "mlp") if name in training.fused] if model.family is Family.OPT else []
+        if absent:
+            yield Conflict("training.fused", f"family opt has no {' and no '.join(absent)} to fuse; delete it from the list")
+        known, extend = model.max_positions or training.sequence_length, model.positions.extend
+        learned = model.init is not None and model.family is Family.OPT
+        if learned and training.sequence_length > known and extend is Extend.REFUSE:
+            yield Conflict(
+                "training.sequence_length",
+                f"{training.sequence_length} tokens, but the weights of model.init have learned {known} positions; shorten it, or "
+                "set model.positions.extend to interpolate or random",
+            )
+
+    def _schedule_conflicts(self) -> Iterator[Conflict]:
+        training, schedule = self.training, self.schedule
         decay_steps = schedule.decay_steps or 0
         if schedule.warmup_steps > training.steps:
             yield Conflict(
@@ -377,10 +379,4 @@ class Recipe(Section):
                 "schedule.decay_steps",
                 f"warmup_steps {schedule.warmup_steps} + decay_steps {decay_steps} are more than training.steps "
                 f"{training.steps}; shorten one of them",
-            )
-        if parallel.dp != "auto" and training.batch_size % (parallel.dp * training.micro_batch_size):
-            yield Conflict(
-                "training.batch_size",
-                f"{training.batch_size} is not a multiple of parallel.dp * micro_batch_size = "
-                f"{parallel.dp} * {training.micro_batch_size}; change one of them",
             )

@@ -1,5 +1,6 @@
 """What every section of a recipe is: frozen, strictly typed fields, and the values that cannot hold together."""
 
+import posixpath
 from collections.abc import Iterator
 from typing import Annotated, NamedTuple, Self
 
@@ -7,6 +8,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 CONFLICT = "conflict"
+SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr")
+"""Folders of the operating system, in which no run writes."""
+OURS = ("/dev/shm", "/usr/local")
+"""Folders in these that are used for other things."""
 
 
 class Conflict(NamedTuple):
@@ -34,14 +39,36 @@ class Section(BaseModel):
         return self
 
 
-def _path_text(text: str) -> str:
+def path_text(text: str) -> str:
+    """The path. Raises ValueError, in words for the user, where it does not say plainly which file or folder it means."""
     if not text.strip() or not text.isprintable():
         raise ValueError("expected a path, without line breaks or other invisible characters")
     if text.startswith("~"):
         raise ValueError("write the path out, because '~' stands for no folder here; ./~ is a folder of that name")
+    words = text.split("/")
+    names = (index for index, word in enumerate(words) if word not in ("", ".", ".."))
+    if ".." in words[0 if text.startswith("/") else next(names, len(words)) :]:
+        # from behind a link it would lead elsewhere, and the folders that it leaves again would have to be made
+        raise ValueError(f"a path must not go up by '..' after a name; write {posixpath.normpath(text)}")
     return text
+
+
+def output_text(text: str) -> str:
+    """`path_text` of a folder that is written to."""
+    folder = system_folder(posixpath.normpath(path_text(text)))
+    if folder is not None:
+        raise ValueError(f"{folder} is of the operating system; choose a folder for this run alone")
+    return text
+
+
+def system_folder(path: str) -> str | None:
+    """The folder of the operating system in which an absolute, normal path lies, if any."""
+    path = "/" + path.lstrip("/") if path.startswith("/") else path
+    inside = [folder for folder in (*OURS, *SYSTEM) if path == folder or path.startswith(f"{folder}/")]
+    return inside[0] if inside and inside[0] not in OURS else None
 
 
 # Counts end up in int64 tensors and file offsets.
 Int = Annotated[int, Field(le=2**63 - 1)]
-PathText = Annotated[str, AfterValidator(_path_text)]
+PathText = Annotated[str, AfterValidator(path_text)]
+OutputText = Annotated[str, AfterValidator(output_text)]

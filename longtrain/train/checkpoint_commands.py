@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,13 @@ from longtrain.errors import CheckpointError
 from longtrain.train.checkpoint_folder import complete, damage, delete
 from longtrain.train.checkpoint_format import DAMAGED, MANIFEST, STATE, read_manifest, read_state
 from longtrain.train.resume import CHECKPOINTS
-from longtrain.train.tracking import METRICS_FILE
 
 
 @dataclass(frozen=True)
 class Entry:
     """A checkpoint as it is listed. damage: in words, empty where it is sound. The rest is None where it cannot be read.
 
-    loss: of the step, from the run's metrics. bytes: of its files. world, stage: what saved it.
+    loss: of the step, None in older ones. bytes: of its files. world, stage: what saved it.
     """
 
     path: Path
@@ -75,8 +73,7 @@ def examine(path: Path, *, content: bool) -> Entry:
         manifest, state = read_manifest(path), read_state(path)
     except CheckpointError:
         return Entry(path, found)
-    loss = _losses(path).get(manifest.step)
-    return Entry(path, found, manifest.step, state.tokens, loss, manifest.bytes, manifest.world, manifest.stage)
+    return Entry(path, found, manifest.step, state.tokens, state.loss, manifest.bytes, manifest.world, manifest.stage)
 
 
 def table(entries: Sequence[Entry], *, verified: bool) -> Table:
@@ -117,16 +114,3 @@ def prune(path: Path, keep: int, *, dry_run: bool = False) -> Iterator[tuple[Pat
         if not dry_run:
             delete(step)
         yield step, reason
-
-
-def _losses(step: Path) -> dict[int, float]:
-    """Losses by step from the metrics of the run that a checkpoint lies in, as far as they can be read."""
-    losses = {}
-    metrics = step.absolute().parent.parent / METRICS_FILE
-    for line in metrics.read_text().splitlines() if metrics.is_file() else []:
-        try:
-            row = json.loads(line)
-            losses[int(row["step"])] = float(row["loss"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return losses

@@ -31,9 +31,9 @@ class TrainState(_Strict):
 
     step: optimizer steps done. tokens: trained on so far. cursor: sequences consumed. skipped, skipped_in_row: steps without an
     update, in all and at the end. spikes, roll_backs: so far. sound: the newest step from whose weights an update was made, None in
-    older checkpoints. loss_count, loss_mean, loss_variance: of recent losses. recipe: its text. data, tokenizer: digests of what
-    was trained on, and of what made its ids. tracker: the id under which the experiment tracker continues the run. scaler and
-    versions are filled in by the save.
+    older checkpoints. loss: of the newest step that had one, None in older checkpoints. loss_count, loss_mean, loss_variance: of
+    recent losses. recipe: its text. data, tokenizer: digests of what was trained on, and of what made its ids. tracker: the id
+    under which the experiment tracker continues the run. scaler and versions are filled in by the save.
     """
 
     step: int = Field(ge=0)
@@ -44,6 +44,7 @@ class TrainState(_Strict):
     spikes: int = Field(default=0, ge=0)
     roll_backs: int = Field(default=0, ge=0)
     sound: int | None = Field(default=None, ge=0)
+    loss: float | None = None
     loss_count: int = Field(default=0, ge=0)
     loss_mean: float = 0.0
     loss_variance: float = Field(default=0.0, ge=0)
@@ -122,8 +123,12 @@ def _signed(text: bytes, digest: str) -> tuple[str, bytes]:
 
 
 def read_state(step: Path) -> TrainState:
-    """state.json of a step folder. Raises CheckpointError where it is missing, truncated or of something else."""
-    return parse(step / STATE, TrainState)
+    """state.json of a step folder. Raises CheckpointError where it is missing, truncated, of something else, or of another recipe
+    than the manifest says."""
+    state = parse(step / STATE, TrainState)
+    if state.recipe_sha256 != read_manifest(step).recipe_sha256:
+        raise CheckpointError(f"{step / STATE}: its recipe is not the one of {MANIFEST} (recipe_sha256); {DAMAGED}")
+    return state
 
 
 def write_json(path: Path, model: BaseModel) -> FileEntry:

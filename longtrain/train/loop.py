@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -33,6 +34,7 @@ def train(run: Run, *, until: int, evaluate: Evaluate | None = None, beat: Beat 
     """
     recipe, plan, ctx = run.plan.recipe, run.plan, run.ctx
     peak = peak_flops(torch.cuda.get_device_name(ctx.device) if ctx.device.type == "cuda" else "cpu", plan.dtype)
+    _begin_a_batch(run)
     while run.progress.step < until:
         before, step = run.progress, run.progress.step
         lr = _learning_rate(run, step)
@@ -66,6 +68,17 @@ def train(run: Run, *, until: int, evaluate: Evaluate | None = None, beat: Beat 
     return run.progress
 
 
+def _begin_a_batch(run: Run) -> None:
+    """Moves the data cursor on to where a batch begins: it may stand inside one where the run was forced to another batch_size."""
+    batch, at = run.plan.recipe.training.batch_size, run.progress.sequences
+    if missing := -at % batch:
+        run.progress = replace(run.progress, sequences=at + missing)
+        run.trackers.say(
+            f"WARNING: training.batch_size {batch} does not divide the {at:,} sequences read before: sequences {at:,} to "
+            f"{at + missing - 1:,} of the data are left out, so that none is read twice"
+        )
+
+
 def _step(run: Run, prepared: Prepared, lr: float, beat: Beat) -> StepOutcome:
     """One step, judged by the guards and counted in `run.progress`."""
     recipe, before = run.plan.recipe, run.progress
@@ -81,6 +94,7 @@ def _step(run: Run, prepared: Prepared, lr: float, beat: Beat) -> StepOutcome:
         skipped=outcome.skipped,
         spike=spike,
         losses=before.losses.after(outcome.loss, guards.spike_window, limit),
+        loss=outcome.loss,
     )
     reasons = []
     if spike:

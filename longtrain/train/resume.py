@@ -181,6 +181,7 @@ def restore(engine: Engine, start: Path, *, verified: bool = False) -> Progress:
         roll_backs=state.roll_backs,
         sound=max(0, state.step - state.skipped_in_row - 1) if state.sound is None else state.sound,
         losses=RecentLosses(state.loss_count, state.loss_mean, state.loss_variance),
+        loss=state.loss,
     )
 
 
@@ -195,6 +196,7 @@ def state_of(recipe: Recipe, split: Split, progress: Progress, tracker: str | No
         spikes=progress.spikes,
         roll_backs=progress.roll_backs,
         sound=progress.sound,
+        loss=progress.loss,
         loss_count=progress.losses.count,
         loss_mean=progress.losses.mean,
         loss_variance=progress.losses.variance,

@@ -21,7 +21,7 @@ from longtrain.train.loop import Evaluate, train
 from longtrain.train.resume import CHECKPOINTS, Start, confirm, flat
 from longtrain.train.run_folder import environment, explain, tracker_config, worth_keeping
 from longtrain.train.state import Progress
-from longtrain.train.tracking import METRICS_FILE, Background, JsonLines, Redrawn, Terminal, Trackers
+from longtrain.train.tracking import METRICS_FILE, Background, JsonLines, Redrawn, Terminal, Trackers, say_on_stderr
 from longtrain.train.watchdog import Watchdog
 
 Draw = Callable[[], Sequence[Path]]
@@ -61,10 +61,19 @@ def run_training(
             run.engine.model.register_forward_pre_hook(lambda *_: watchdog.alive())
             progress = train(run, until=goal, evaluate=evaluate, beat=watchdog.beat)
         if ctx.is_main:
-            run.trackers.keep([*(draw() if draw else ()), *worth_keeping(run.folder)])
+            run.trackers.keep([*(_last_plots(draw) if draw else ()), *worth_keeping(run.folder)])
         return progress
     finally:
         run.close()
+
+
+def _last_plots(draw: Draw) -> Sequence[Path]:
+    """None where the disk takes none: the run is trained, and saved."""
+    try:
+        return draw()
+    except OSError as error:
+        say_on_stderr(f"WARNING: the plots could not be drawn: {error}")
+        return ()
 
 
 def facts_of(plan: Plan, splits: Sequence[Split], start: Start, until: int | None) -> dict[str, str]:

@@ -30,6 +30,7 @@ from longtrain.plan import Plan
 from longtrain.plan.describe import describe
 from longtrain.recipe.load import dump_recipe
 from longtrain.recipe.schema import Recipe
+from longtrain.recipe.section import system_folder
 from longtrain.train.resume import CHECKPOINTS
 from longtrain.train.tracking import METRICS_FILE
 
@@ -128,6 +129,9 @@ def check_place(recipe: Recipe) -> None:
     real = Path(os.path.realpath(folder))
     if here.is_relative_to(real):
         raise LaunchError(f"output: {folder} is the current folder or one above it; set output to a folder for this run alone")
+    system = system_folder(str(real))
+    if system is not None:
+        raise LaunchError(f"output: {folder} is in {system}, which is of the operating system; set another output")
     inputs = {"data": list(recipe.data.folders), "model.init": [recipe.model.init] if recipe.model.init else []}
     for field, paths in inputs.items():
         for path in paths:

@@ -39,7 +39,7 @@ class Progress:
     """Of a run: optimizer steps done, tokens trained on, and sequences consumed (the data cursor, which a roll-back leaves where it
     is while the other two go back). Since its start: steps that updated nothing because a loss or gradient was not finite or a
     spike, how many of these were the last ones, loss spikes, and roll-backs. sound: the newest step from whose weights an update
-    was made. losses: what the spike guard remembers."""
+    was made. losses: what the spike guard remembers. loss: of the newest step that had a finite one."""
 
     step: int = 0
     tokens: int = 0
@@ -50,6 +50,7 @@ class Progress:
     roll_backs: int = 0
     sound: int = 0
     losses: RecentLosses = RecentLosses()
+    loss: float | None = None
 
     def after_step(
         self,
@@ -59,6 +60,7 @@ class Progress:
         skipped: bool = False,
         spike: bool = False,
         losses: RecentLosses | None = None,
+        loss: float = math.nan,
     ) -> Progress:
         return Progress(
             self.step + 1,
@@ -70,4 +72,5 @@ class Progress:
             self.roll_backs,
             self.sound if skipped else self.step,
             losses or self.losses,
+            loss if math.isfinite(loss) else self.loss,
         )

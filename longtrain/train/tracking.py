@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import queue
+import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,12 +20,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from longtrain.errors import CheckpointError
-from longtrain.files import replace_durably
 from longtrain.train.metrics import Metrics
 
 METRICS_FILE = "metrics.jsonl"
 WAITING = 10_000
-"""Reports that wait for a tracker in the background at most: hours of them."""
+"""Reports that wait at most for a tracker in the background, or for a disk that is full: hours of them."""
 PATIENCE = 60.0
 """Seconds that the end of a run waits for a tracker in the background."""
 # what newer versions added has a default, so that a run of an older version can go on
@@ -48,28 +51,80 @@ class Tracker(Protocol):
 
 
 class JsonLines(Tracker):
-    """metrics.jsonl: one object a line, keys as in `Metrics`."""
+    """metrics.jsonl: one object a line, keys as in `Metrics`.
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        """Goes on after `resumed_step`: later lines, of steps that will be done again, and a torn last line are dropped."""
-        self._path = path
-        self._open(resumed_step)
+    What the disk does not take, because it is full, waits in memory and is written, in order, when that is possible again: no
+    report ends training. complain: tells people that, and at the end which reports are lost. waiting: reports that wait at most.
+    """
 
-    def _open(self, step: int) -> None:
-        rows = [row for row in read_metrics(self._path) if row["step"] <= step]
-        replace_durably(self._path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        self._file = self._path.open("a")
+    def __init__(
+        self, path: Path, resumed_step: int, complain: Callable[[str], None] | None = None, *, waiting: int = WAITING
+    ) -> None:
+        """Goes on after `resumed_step`: later lines, of steps that will be done again, and a torn last line are dropped.
+
+        Raises OSError where the file cannot be opened, CheckpointError as `read_metrics`.
+        """
+        self._path, self._complain, self._most = path, complain or say_on_stderr, waiting
+        self._waiting: deque[tuple[int, bytes]] = deque()
+        self._lost: list[int] = []
+        self._failed: OSError | None = None
+        self._size = _size_until(path, resumed_step)
+        self._file = path.open("ab", buffering=0)
+        self._write()
 
     def log(self, metrics: Metrics) -> None:
-        self._file.write(json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps(_finite(asdict(metrics)), allow_nan=False) + "\n"
+        self._waiting.append((metrics.step, line.encode()))
+        if len(self._waiting) > self._most:
+            self._lost.append(self._waiting.popleft()[0])
+        self._write()
+
+    def say(self, text: str) -> None:
+        # perhaps that a checkpoint is saved, from which a run that is killed now goes on, without what still waits
+        self._write()
 
     def go_back(self, step: int) -> None:
-        self._file.close()
-        self._open(step)
+        self._waiting = deque(row for row in self._waiting if row[0] <= step)
+        self._lost = [lost for lost in self._lost if lost <= step]
+        self._size = min(self._size, _size_until(self._path, step))
+        self._write()
 
     def close(self) -> None:
-        self._file.close()
+        self._write()
+        lost = [*self._lost, *(step for step, _ in self._waiting)]
+        if lost:
+            reason = f": {self._failed.strerror}" if self._failed else ""
+            self._complain(f"ERROR: {self._path}{reason}: the reports of {_steps(lost)} are lost")
+        with suppress(OSError):
+            self._file.close()
+
+    def _write(self) -> None:
+        """Writes what waits, as far as the disk takes it."""
+        waited = [step for step, _ in self._waiting]
+        try:
+            # what is behind is of steps that will be done again, or half a line where even the cut below failed
+            self._size = min(self._size, os.fstat(self._file.fileno()).st_size)
+            self._file.truncate(self._size)
+            while self._waiting:
+                left = line = self._waiting[0][1]
+                while left:
+                    left = left[self._file.write(left) :]
+                self._size += len(line)
+                self._waiting.popleft()
+        except OSError as error:
+            if self._failed is None:
+                since = f" from step {waited[0]} on" if waited else ""
+                self._complain(
+                    f"WARNING: {self._path}: {error.strerror}: training goes on, and its reports{since} wait in memory until they "
+                    "can be written"
+                )
+            self._failed = error
+            with suppress(OSError):
+                self._file.truncate(self._size)
+            return
+        if self._failed is not None:
+            self._complain(f"{self._path} can be written again{f': it has the reports of {_steps(waited)}' if waited else ''}")
+        self._failed = None
 
 
 class Terminal(Tracker):
@@ -178,46 +233,67 @@ class Background(Tracker):
 
 
 class Redrawn(Tracker):
-    """Calls `draw` now and then, so that it takes no more than a hundredth of the time; not in the first minute."""
+    """Calls `draw` now and then, so that it takes no more than a hundredth of the time; not in the first minute. Where
+    the disk takes no plot, it says so once and tries again."""
 
     def __init__(self, draw: Callable[[], object], clock: Callable[[], float] = time.monotonic) -> None:
         self._draw, self._clock = draw, clock
         self._next = clock() + 60
+        self._failed = False
 
     def log(self, metrics: Metrics) -> None:
         begin = self._clock()
         if begin >= self._next:
-            self._draw()
+            try:
+                self._draw()
+                self._failed = False
+            except OSError as error:
+                if not self._failed:
+                    say_on_stderr(f"WARNING: the plots could not be drawn: {error}; training goes on")
+                self._failed = True
             end = self._clock()
             self._next = end + 100 * (end - begin)
 
 
 class Trackers:
     """Several trackers as one; none on ranks that do not report. run_id: the id of this run where an experiment tracker has one,
-    for the checkpoints."""
+    for the checkpoints. What a tracker cannot write ends nothing: it is told on stderr, once for each tracker."""
 
     def __init__(self, trackers: Sequence[Tracker] = (), run_id: str | None = None) -> None:
         self._trackers, self.run_id = trackers, run_id
+        self._failed: set[int] = set()
 
     def log(self, metrics: Metrics) -> None:
-        for tracker in self._trackers:
-            tracker.log(metrics)
+        self._tell(lambda tracker: tracker.log(metrics))
 
     def say(self, text: str) -> None:
-        for tracker in self._trackers:
-            tracker.say(text)
+        self._tell(lambda tracker: tracker.say(text))
 
     def keep(self, paths: Sequence[Path]) -> None:
-        for tracker in self._trackers:
-            tracker.keep(paths)
+        self._tell(lambda tracker: tracker.keep(paths))
 
     def go_back(self, step: int) -> None:
+        # an error here ends the run: what was not taken back would be reported twice
         for tracker in self._trackers:
             tracker.go_back(step)
 
     def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, event: Callable[[Tracker], None]) -> None:
+        for number, tracker in enumerate(self._trackers):
+            try:
+                event(tracker)
+            except OSError as error:
+                if number not in self._failed:
+                    say_on_stderr(f"WARNING: {type(tracker).__name__} cannot write: {error}; training goes on")
+                self._failed.add(number)
+
+
+def say_on_stderr(text: str) -> None:
+    """Loudly, whatever becomes of stdout; where stderr cannot be written either, nothing."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def summary(metrics: Metrics) -> str:
@@ -259,6 +335,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path}:{number}: is no report of a run; the file is damaged or foreign, move it away")
         rows.append(row)
     return rows
+
+
+def _size_until(path: Path, step: int) -> int:
+    """Bytes of the whole lines before the first report of a later step."""
+    size, lines = 0, path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    # a torn last line is no row
+    for line, row in zip(lines, read_metrics(path), strict=False):
+        if row["step"] > step or not line.endswith(b"\n"):
+            break
+        size += len(line)
+    return size
+
+
+def _steps(steps: Sequence[int]) -> str:
+    """In words, for people."""
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
 
 def _finite(value: Any) -> Any:

@@ -63,6 +63,7 @@ class Watchdog:
         self._others_end = False
         self._ended, self._ending = threading.Event(), threading.Event()
         self._stores: list[Any] = []
+        self._threads: list[threading.Thread] = []
         if ctx.world > 1 and seconds is not None:
             store: Any = dist.distributed_c10d._get_default_store()
             # a clone has its own connection: another thread that waits in the store would hold up this one
@@ -83,7 +84,8 @@ class Watchdog:
         if self._seconds is not None:
             poll = self._seconds / LOOKS
             for work in (self._judge, self._exchange):
-                threading.Thread(target=work, args=(self._seconds, poll), name="watchdog", daemon=True).start()
+                self._threads.append(threading.Thread(target=work, args=(self._seconds, poll), name="watchdog", daemon=True))
+                self._threads[-1].start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -91,6 +93,8 @@ class Watchdog:
             # this rank's collective failed because another has left already: that is not the reason to be told
             time.sleep(2 * GRACE)
         self._ended.set()
+        for thread in self._threads:  # one that is inside the store while the interpreter ends makes the process abort
+            thread.join(1.0)
 
     def _judge(self, seconds: float, poll: float) -> None:
         """Touches nothing that could hang."""

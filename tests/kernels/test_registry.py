@@ -46,6 +46,23 @@ def test_by_name() -> None:
     assert choice.others == {"never": "needs a GPU of 2040; needs head_dim 3", "fast": "able, but slow was asked for"}
 
 
+def test_by_name_accepts_partial_results_that_are_not_fp32() -> None:
+    class Rounding(Picky):
+        def refuses(self, needs: Needs) -> list[str]:
+            return [*super().refuses(needs), *(["rounds"] if needs.fp32_partials else [])]
+
+    ring, rounding = replace(NEEDS, fp32_partials=True), Rounding("rounding", [])
+    choice = select(ring, "rounding", (rounding, SLOW))
+    assert choice.kernel is rounding
+    assert choice.rounds
+    assert not select(NEEDS, "rounding", (rounding, SLOW)).rounds
+    assert not select(ring, "slow", (rounding, SLOW)).rounds
+    auto = select(ring, candidates=(rounding, SLOW))
+    assert (auto.kernel, auto.others, auto.rounds) == (SLOW, {"rounding": "rounds"}, False)
+    with pytest.raises(KernelError, match="rounding cannot do this: no dropout"):
+        select(replace(ring, features=frozenset(("dropout",))), "rounding", (rounding, SLOW))
+
+
 def test_by_name_never_falls_back() -> None:
     with pytest.raises(KernelError) as error:
         select(NEEDS, "never", ALL)

@@ -15,14 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longtrain.attention import AttentionKernel, AttentionMask, AttentionSpec, Band, Block, Needs
+from longtrain.attention import AttentionKernel, AttentionMask, AttentionSpec, Band, Block, Needs, SequenceLayout
 from longtrain.attention.merge import empty_partial, zero_grads
 from longtrain.attention.reference import ReferenceKernel
 from longtrain.errors import KernelError
 from longtrain.kernels.local import LocalAttend
 from longtrain.kernels.vendor import CudnnKernel, FlashAttention2Kernel, seen
+from longtrain.parallel.ring import RingAttend
 from tests.attention_cases import Case, bands, boundaries, check_kernel, documents, segments
 from tests.parity import assert_close_to_truth, naive_attention, results
+from tests.ring_threads import ThreadExchange, run_ring
 
 
 class Aten:
@@ -63,35 +65,46 @@ class Aten:
 
     def _flash_attention_forward(self, *args: Any, scale: float, **windows: int) -> Any:
         self._accept("_flash_attention_forward", *args, scale=scale, **windows)
-        q, k, v, of_q, of_k, longest, _, dropout, causal, _ = args
+        q, k, v, of_q, of_k, *longest, dropout, causal, _ = args
         assert (dropout, causal) == (0, False)
         if of_q is None:
             return *_forward(q, k, v, band=_band(q.shape[1], k.shape[1], **windows), scale=scale), None, None, None
         parts = [
-            _forward(q[None, a:b], k[None, a:b], v[None, a:b], band=_band(b - a, b - a, **windows), scale=scale)
-            for a, b in _runs(of_q, of_k, longest)
+            _forward(q[None, rows], k[None, keys], v[None, keys], band=_band(*_lengths(rows, keys), **windows), scale=scale)
+            for rows, keys in _runs(of_q, of_k, longest)
         ]
         return torch.cat([p[0][0] for p in parts]), torch.cat([p[1][0] for p in parts], 1), None, None, None
 
     def _flash_attention_backward(self, *args: Any, scale: float, **windows: int) -> Any:
         self._accept("_flash_attention_backward", *args, scale=scale, **windows)
-        *given, lse, of_q, of_k, longest, _, _, _, _, _ = args
+        dout, q, k, v, out, lse, of_q, of_k, *longest, _, _, _, _ = args
         assert lse.is_contiguous()
         if of_q is None:
-            return _backward(tuple(given), lse, _band(given[1].shape[1], given[2].shape[1], **windows), scale)
+            return _backward((dout, q, k, v, out), lse, _band(q.shape[1], k.shape[1], **windows), scale)
         parts = [
-            _backward(tuple(x[None, a:b] for x in given), lse[None, :, a:b], _band(b - a, b - a, **windows), scale)
-            for a, b in _runs(of_q, of_k, longest)
+            _backward(
+                (dout[None, rows], q[None, rows], k[None, keys], v[None, keys], out[None, rows]),
+                lse[None, :, rows],
+                _band(*_lengths(rows, keys), **windows),
+                scale,
+            )
+            for rows, keys in _runs(of_q, of_k, longest)
         ]
         return tuple(torch.cat([x[0] for x in xs]) for xs in zip(*parts, strict=True))
 
 
-def _runs(of_q: Tensor, of_k: Tensor, longest: int) -> list[tuple[int, int]]:
-    assert torch.equal(of_q, of_k)
-    assert of_q.dtype == torch.int32
-    runs = list(pairwise(of_q.tolist()))
-    assert longest == max(b - a for a, b in runs)
-    return runs
+def _runs(of_q: Tensor, of_k: Tensor, longest: list[int]) -> list[tuple[slice, slice]]:
+    """Rows and keys of every document."""
+    runs = []
+    for ends, most in zip((of_q, of_k), longest, strict=True):
+        assert ends.dtype == torch.int32
+        runs.append([slice(a, b) for a, b in pairwise(ends.tolist())])
+        assert all(0 < one.stop - one.start <= most for one in runs[-1])
+    return list(zip(*runs, strict=True))
+
+
+def _lengths(rows: slice, keys: slice) -> tuple[int, int]:
+    return rows.stop - rows.start, keys.stop - keys.start
 
 
 def _band(queries: int, keys: int, window_size_left: int, window_size_right: int) -> Band:
@@ -144,6 +157,31 @@ def test_flash_under_any_band(
 def test_flash_with_documents(band: Band, length: int, sinks: bool, data: st.DataObject) -> None:
     packed = data.draw(documents(2, length))
     check_kernel(FLASH, Case(band, length, None, 2, 4, 2, 8, q_documents=packed, sinks=sinks), torch.float64)
+
+
+@settings(max_examples=100)
+@given(st.integers(1, 40), st.integers(1, 40), st.booleans(), st.data())
+def test_flash_with_documents_shared_in_part(queries: int, keys: int, sinks: bool, data: st.DataObject) -> None:
+    """As the blocks of a ring between two shards."""
+    ours, theirs = data.draw(documents(2, queries)), data.draw(documents(2, keys))
+    case = Case(Band.full(), queries, keys, 2, 4, 2, 8, q_documents=ours, k_documents=theirs, sinks=sinks)
+    check_kernel(FLASH, case, torch.float64)
+
+
+@pytest.mark.parametrize("layout", [SequenceLayout.ZIGZAG, SequenceLayout.CONTIGUOUS])
+@pytest.mark.parametrize("packed", [((24,),), ((3, 1, 9, 7),), ((5, 5, 5, 9),)])
+def test_flash_in_a_ring_with_documents(layout: SequenceLayout, packed: tuple[tuple[int, ...], ...]) -> None:
+    ranks, case = 3, Case(Band.causal(), 24, None, 1, 2, 1, 8, q_documents=packed)
+    t = case.tensors(torch.float64)
+    truth = results(naive_attention, t[:3], t.mask, t.spec, t.dout)
+
+    def work(exchange: ThreadExchange) -> dict[str, Tensor]:
+        q, k, v, dout = (layout.shard(x.detach(), ranks, exchange.rank) for x in t[:4])
+        return results(RingAttend(FLASH, exchange, layout).with_lse, (q, k, v), t.mask, t.spec, dout)
+
+    shards = run_ring(ranks, work).results
+    for what, dim in {"out": 1, "lse": 2, "dq": 1, "dk": 1, "dv": 1}.items():
+        torch.testing.assert_close(layout.unshard([shard[what] for shard in shards], dim=dim), truth[what])
 
 
 @pytest.mark.parametrize("dimensions", [3, 4])
@@ -267,7 +305,7 @@ NEEDS = Needs(frozenset(("causal", "full")), False, frozenset(), 64, 64, torch.b
         ({"device": "cpu"}, "runs on CUDA GPUs", "runs on CUDA GPUs"),
         ({"dtype": torch.float32}, "not in float32", "not in float32"),
         ({"head_dim": 60, "value_dim": 60}, "multiples of 8", "multiples of 8"),
-        ({"head_dim": 256, "value_dim": 256}, "", "up to 128, in multiples of 8"),
+        ({"head_dim": 256, "value_dim": 256}, "", "up to 128 (cuDNN may have more"),
         ({"value_dim": 96}, "values of the head dimension", ""),
         ({"documents": True}, "", "no packed documents"),
         ({"documents": True, "kinds": frozenset(("causal", "band"))}, "packed documents under", "no window or other band"),

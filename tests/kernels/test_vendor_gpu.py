@@ -46,6 +46,7 @@ FLASH_ONLY = (
     Case(CAUSAL, 601, None, 2, 4, 2, 64, q_documents=((300, 1, 0, 200), (601,))),
     Case(Band.causal(50), 601, None, 2, 4, 4, 128, q_documents=((128, 128, 345), (5, 500)), sinks=True),
     Case(FULL, 111, None, 2, 2, 2, 64, q_documents=((), (1, 64))),
+    Case(FULL, 111, 300, 2, 4, 2, 64, q_documents=((40, 30, 41), (111,)), k_documents=((200, 0, 100), (1, 250))),
 )
 
 
@@ -87,9 +88,20 @@ def test_views_of_one_projection(kernel: AttentionKernel) -> None:
 @pytest.mark.parametrize("kernel", [CUDNN, FLASH], ids=lambda kernel: kernel.name)
 @pytest.mark.parametrize("sinks", [False, True])
 def test_in_a_ring(kernel: AttentionKernel, layout: SequenceLayout, sinks: bool) -> None:
+    check_in_a_ring(kernel, layout, Case(CAUSAL, 512, None, 1, 4, 2, 64, sinks=sinks))
+
+
+@pytest.mark.parametrize("layout", [SequenceLayout.ZIGZAG, SequenceLayout.CONTIGUOUS])
+@pytest.mark.parametrize("packed", [(512,), (100, 1, 200, 150), (3, 120, 389)])
+def test_flash_in_a_ring_with_documents(layout: SequenceLayout, packed: tuple[int, ...]) -> None:
+    """As a recipe has it."""
+    check_in_a_ring(FLASH, layout, Case(CAUSAL, 512, None, 1, 4, 2, 64, q_documents=(packed,)))
+
+
+def check_in_a_ring(kernel: AttentionKernel, layout: SequenceLayout, case: Case) -> None:
     """Four ranks as threads of this process: the lse and delta of whole rows reach the operators' backward. Partial results are of
     the inputs' precision here: a ring may lose 2.5 times what one device loses, plus 2e-3."""
-    ranks, case = 4, Case(CAUSAL, 512, None, 1, 4, 2, 64, sinks=sinks)
+    ranks = 4
     t = case.tensors(torch.bfloat16, "cuda")
     exact = case.in_dtype(t, torch.float32)
     truth = results(naive_attention, exact[:3], exact.mask, exact.spec, exact.dout)

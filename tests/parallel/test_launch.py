@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from longtrain.parallel.context import Grid, ParallelContext
 from longtrain.parallel.launch import Launch, check_agreement, resolve_device, start, stop
 from longtrain.parallel.loss import loss_scale
 from tests.distributed import RankError, run_ranks
+from tests.user import process
+
+pytest_plugins = ("tests.desks",)
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 
@@ -155,3 +159,33 @@ def test_run_ranks_surfaces_the_failing_rank() -> None:
 def test_run_ranks_ends_a_hang() -> None:
     with pytest.raises(RankError, match=r"ranks \[0\] of 1 did not finish within 4 s"):
         run_ranks(_hangs, 1, timeout=4)
+
+
+THREADS = """
+import time
+from pathlib import Path
+from longtrain.cli import train_main
+from longtrain.parallel import launch
+
+def gloo():
+    time.sleep(0.2)  # what has just ended is still listed
+    return sum((task / "comm").read_text().startswith(("gloo", "pt_gloo")) for task in Path("/proc/self/task").iterdir())
+
+inner, before = launch.stop, []
+launch.stop = lambda failed=False: (before.append(gloo()), inner(failed))
+try:
+    train_main()
+except SystemExit:
+    print(f"gloo threads: {min(before[0], 1)} before, {gloo()} after\\n", end="", flush=True)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the threads of a process in /proc")
+@pytest.mark.usefixtures("fresh")
+def test_no_thread_of_a_process_group_outlives_a_run() -> None:
+    """One that lets go of a collective's tensors while the interpreter ends makes the process abort. ZeRO-3 keeps most."""
+    Path("threads.py").write_text(THREADS)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "threads.py")
+    words = ("--recipe", "recipe.yaml", "--set", "zero.stage=3", "--set", "parallel.cp=2", "--until", "2")
+    done = process(*torchrun, *words)
+    assert done.stdout.count("gloo threads: 1 before, 0 after") == 2, done.stdout + done.stderr

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longtrain.batch import IGNORE, Batch
-from longtrain.errors import KernelError, PlanError, RecipeError
+from longtrain.errors import KernelError, RecipeError
 from longtrain.kernels.local import LocalAttend
 from longtrain.models.decoder import Decoder
 from longtrain.models.initialise import initialise
@@ -80,11 +80,25 @@ def test_the_plan_deals_for_groups() -> None:
 
 
 def test_without_a_ring_the_kernel_sees_the_whole_sequence() -> None:
-    """So kernels with low-precision partial results may be asked for, and striped layouts need no other band."""
+    """So nothing of it is rounded, and striped layouts need no other band."""
     flash = ("attention.kernel=flash", "training.precision=bf16", "parallel.layout=striped", "model.head_dim=8")
-    assert plan_of(2, 2, *flash, device="cuda").kernel.kernel.name == "flash"
-    with pytest.raises(KernelError, match=r"attention.kernel: flash cannot do this: rounds partial results"):
+    plan = plan_of(2, 2, *flash, device="cuda")
+    assert plan.kernel.kernel.name == "flash"
+    assert not plan.kernel.rounds
+    with pytest.raises(KernelError, match=r"attention.kernel: flash cannot do this: takes packed documents under"):
         plan_of(2, 1, *flash, device="cuda")
+
+
+def test_rounded_partial_results_are_taken_by_name_and_told() -> None:
+    flash = ("attention.kernel=flash", "training.precision=bf16", "model.head_dim=8")
+    plan = plan_of(2, 1, *flash, device="cuda")
+    assert plan.kernel.kernel.name == "flash"
+    told = [value for what, value in describe(plan) if what == "warning"]
+    assert any("kernel flash rounds partial results to bf16 between the blocks of a ring" in line for line in told)
+    auto = plan_of(2, 1, "training.precision=bf16", device="cuda")
+    assert auto.kernel.kernel.name != "flash"
+    assert auto.kernel.others["flash"].startswith("rounds partial results")
+    assert not any("rounds partial" in value for what, value in describe(auto) if what == "warning")
 
 
 @pytest.mark.parametrize(
@@ -92,16 +106,16 @@ def test_without_a_ring_the_kernel_sees_the_whole_sequence() -> None:
     [
         (4, 3, (), r"ulysses.*3 does not divide cp 4"),
         (2, 4, (), r"ulysses.*4 does not divide cp 2"),
-        (3, 3, (), r"parallel.ulysses: 4 query heads do not split over 3 ranks"),
-        (8, 8, (), r"parallel.ulysses: 4 query heads do not split over 8 ranks"),
+        (3, 3, (), r"parallel.ulysses=\d: 4 query heads do not split over 3 ranks"),
+        (8, 8, (), r"parallel.ulysses=\d: 4 query heads do not split over 8 ranks"),
         (
             4,
             4,
             ("model.heads=12", "model.kv_heads=6", "model.hidden_size=48"),
-            r"parallel.ulysses: 6 key-value heads neither split over 4 ranks nor does each go to equally many",
+            r"parallel.ulysses=4: 6 key-value heads neither split over 4 ranks nor does each go to equally many",
         ),
     ],
 )
 def test_refused_by_field(cp: int, ulysses: int, overrides: tuple[str, ...], message: str) -> None:
-    with pytest.raises(RecipeError if cp % ulysses else PlanError, match=message):
+    with pytest.raises(RecipeError, match=message):
         plan_of(cp, ulysses, *overrides)

@@ -15,7 +15,7 @@ from longtrain.errors import CheckpointError, PlanError
 from longtrain.kernels.layers import FUSABLE
 from longtrain.models.config import ModelConfig
 from longtrain.models.config_json import config_json
-from longtrain.models.families import parameter_count
+from longtrain.models.families import FAMILIES, parameter_count
 from longtrain.models.pretrained import open_pretrained
 from longtrain.models.rope import Dynamic, Linear, Llama3, Yarn
 from longtrain.plan import make_plan, plan
@@ -121,6 +121,22 @@ class TestInit:
         assert (config.rope_theta, config.window, config.init_std, config.max_positions) == (1e6, None, 0.5, 256)
         assert config.rope_scaling == Linear(4.0)
 
+    @pytest.mark.parametrize(
+        ("config", "overrides", "world", "message"),
+        [
+            (OPT, ["training.fused=[norm, mlp]"], 1, "training.fused: family opt has no mlp to fuse"),
+            (OPT, ["training.fused=[norm, mlp, rotary]"], 1, "training.fused: family opt has no rotary and no mlp to fuse"),
+            (OPT, [], 1, "training.sequence_length: 64 tokens, but the weights of model.init have learned 32 positions"),
+            (LLAMA, ["parallel.cp=3", "parallel.ulysses=3"], 3, "parallel.ulysses: 4 query heads do not split over 3 ranks"),
+        ],
+    )
+    def test_a_recipe_is_judged_again_when_the_weights_are_known(
+        self, tmp_path: Path, config: ModelConfig, overrides: list[str], world: int, message: str
+    ) -> None:
+        chosen = recipe(f"model.init={folder(tmp_path, config)}", *overrides)
+        with pytest.raises(PlanError, match=f"^{message}"):
+            make_plan(chosen, world, "cpu")
+
     def test_what_contradicts_the_weights_is_refused(self, tmp_path: Path) -> None:
         wrong = ["model.layers=3", "model.norm_eps=1e-5", "model.tied_embeddings=true", "model.heads=4", "model.kv_heads=4"]
         with pytest.raises(PlanError) as caught:
@@ -157,7 +173,7 @@ class TestInit:
             make_plan(chosen, 1, "cpu")
         with pytest.raises(CheckpointError) as trained:
             open_pretrained(tmp_path, LLAMA)
-        assert str(said.value) == str(trained.value)
+        assert str(said.value) == f"model.init: {trained.value}"
         (tmp_path / "model.safetensors").write_bytes(b"")  # read by training alone
         assert dict(describe(make_plan(chosen, 1, "cpu")))["weights"] == f"from {tmp_path}"
 
@@ -204,8 +220,7 @@ class TestFused:
     def test_what_the_family_lacks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plan, "fusable", lambda device: FUSABLE)
         assert make_plan(recipe("model.preset=opt-125m"), 1, "cuda").fused == ("norm", "loss")
-        with pytest.raises(PlanError, match=r"training.fused: a model of family opt has no mlp to fuse"):
-            make_plan(recipe("model.preset=opt-125m", "training.fused=[norm, mlp]"), 1, "cuda")
+        assert {name for name, family in FAMILIES.items() if (family.mlp, family.positions) != ("swiglu", "rotary")} == {"opt"}
 
     def test_fused_layers_hold_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plan, "fusable", lambda device: FUSABLE)

@@ -8,8 +8,10 @@ import pytest
 
 from longtrain.errors import PlanError
 from longtrain.parallel.launch import Launch, check_rings
+from longtrain.parallel.ulysses import refuses_heads as of_attention
 from longtrain.plan import make_plan
 from longtrain.recipe.load import builtin_recipes, load_recipe
+from longtrain.recipe.parallel import refuses_heads as of_recipe
 from longtrain.recipe.schema import Recipe
 from tests.plan_cases import small, words
 
@@ -125,7 +127,16 @@ def test_smallest_world() -> None:
     assert small("parallel.dp=4", "parallel.cp=3").smallest_world == 12
     assert small("parallel.cp=auto").smallest_world == 1
     assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.dp=2").smallest_world == 8
-    assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.ulysses=3").smallest_world == 6
+    assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.ulysses=4").smallest_world == 4
+    assert small("parallel.cp=auto", "parallel.tokens_per_rank=12", "parallel.ulysses=4").smallest_world == 8
     for name in builtin_recipes():
         recipe = load_recipe(name)
         make_plan(recipe, recipe.smallest_world, "cpu")
+
+
+def test_which_heads_ranks_can_share_is_the_same_for_recipes_and_attention() -> None:
+    for heads in range(1, 13):
+        for kv_heads in range(1, heads + 1):
+            for ranks in range(1, 13):
+                assert of_recipe(heads, kv_heads, ranks) == of_attention(heads, kv_heads, ranks)
+    assert of_recipe(None, None, 2) is None

@@ -1,6 +1,9 @@
 """Recipes that are refused, and in which words: (what to replace in BASE, with what, the message after the file's name)."""
 
 from tests.recipe.bad_deepspeed import DEEPSPEED
+from tests.recipe.bad_numbers import NUMBERS
+from tests.recipe.bad_paths import PATHS
+from tests.recipe.bad_together import TOGETHER
 
 # The tables name lines, so its line numbers matter.
 BASE = """\
@@ -93,7 +96,11 @@ WRONG_TYPES = [
     ("lr: 1e-3", "lr: '1e-3'", "21: optimizer.lr: expected a number, found the text '1e-3'; remove the quotes"),
     ("lr: 1e-3", "lr: false", "21: optimizer.lr: expected a number, found false"),
     ("seed: 3", "seed: 0x10", "2: seed: expected a whole number, found the text '0x10'"),
-    ("seed: 3", "seed: 32K", "2: seed: expected a whole number, found the text '32K'"),
+    (
+        "seed: 3",
+        "seed: 32K",
+        "2: seed: expected a whole number, found the text '32K'; write the number alone and in full, without a unit",
+    ),
     ("name: tiny", "name: 12", "1: name: expected text, found the whole number 12; put it in quotes"),
     ("name: tiny", "name: 1.5", "1: name: expected text, found the number 1.5; put it in quotes"),
     ("name: tiny", "name: true", "1: name: expected text, found true; put it in quotes"),
@@ -261,7 +268,8 @@ CONFLICTS = [
     (
         "zero:\n",
         "parallel:\n  dp: 3\nzero:\n",
-        "16: training.batch_size: 8 is not a multiple of parallel.dp * micro_batch_size = 3 * 2; change one of them",
+        "16: training.batch_size: 8 is not a multiple of parallel.dp 3 x training.micro_batch_size 2; change one of them, or the "
+        "number of ranks",
     ),
 ]
 MODELS = [
@@ -374,4 +382,16 @@ YAML_TRAPS = [
     ("  steps: 100", "steps: 100", "16: not valid YAML: unexpected ':'; check the indentation, or put the value in quotes"),
 ]
 
-BAD_RECIPES = [*MODELS, *DEEPSPEED, *UNKNOWN_KEYS, *MISSING_KEYS, *WRONG_TYPES, *OUT_OF_RANGE, *CONFLICTS, *YAML_TRAPS]
+BAD_RECIPES = [
+    *MODELS,
+    *DEEPSPEED,
+    *UNKNOWN_KEYS,
+    *MISSING_KEYS,
+    *WRONG_TYPES,
+    *NUMBERS,
+    *PATHS,
+    *OUT_OF_RANGE,
+    *CONFLICTS,
+    *TOGETHER,
+    *YAML_TRAPS,
+]

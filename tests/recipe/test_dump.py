@@ -16,6 +16,7 @@ from longtrain.recipe.model import (
     RopeKind,
     RopeScalingSection,
 )
+from longtrain.recipe.parallel import Layout, ParallelSection
 from longtrain.recipe.presets import PRESETS
 from longtrain.recipe.schema import (
     Activations,
@@ -25,9 +26,7 @@ from longtrain.recipe.schema import (
     Device,
     EvaluationSection,
     KernelName,
-    Layout,
     OptimizerSection,
-    ParallelSection,
     Precision,
     Recipe,
     SaveFailure,
@@ -64,21 +63,21 @@ TRAPS = [
     "-",
 ]
 paths = st.sampled_from(TRAPS) | st.text(min_size=1, max_size=20).filter(
-    lambda text: text.strip() and text.isprintable() and not text.startswith("~")
+    lambda text: text.strip() and text.isprintable() and not text.startswith("~") and ".." not in text
 )
 labels = paths.filter(lambda text: not set(text) & set("/\\#?%:"))
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 counts = st.integers(1, 2**40)
-factors = st.lists(positive, min_size=1, max_size=4).map(tuple)
 
 
 @st.composite
-def scalings(draw: st.DrawFn) -> RopeScalingSection:
+def scalings(draw: st.DrawFn, pairs: int) -> RopeScalingSection:
     kind = draw(st.sampled_from(RopeKind))
     needed, optional = ROPE_NUMBERS[kind]
     chosen = needed | {
         name for name in optional - {"mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"} if draw(st.booleans())
     }
+    factors = st.lists(positive, min_size=pairs, max_size=pairs).map(tuple)
     values = {"original_length": counts, "factor": st.floats(1, 1e6)} | dict.fromkeys(("short_factor", "long_factor"), factors)
     return RopeScalingSection(kind=kind, **{name: draw(values.get(name, positive)) for name in chosen})
 
@@ -92,7 +91,7 @@ def models(draw: st.DrawFn) -> ModelSection:
         "family": family,
         "vocab_size": draw(st.integers(2, 2**20)),
         "hidden_size": heads * kv_factor * 2,
-        "layers": draw(counts),
+        "layers": draw(st.integers(1, 10_000)),
         "heads": heads * kv_factor,
         "intermediate_size": draw(counts),
         "max_positions": draw(st.none() | counts),
@@ -104,15 +103,16 @@ def models(draw: st.DrawFn) -> ModelSection:
     if family is Family.OPT:
         return ModelSection(**shared, positions=PositionsSection(extend=draw(st.sampled_from(Extend))))
     preset = draw(st.none() | st.sampled_from([name for name, fields in PRESETS.items() if fields["family"] == family]))
+    head_dim = draw(st.none() | st.just(8))
     return ModelSection(
         **shared,
         preset=preset,
         kv_heads=draw(st.none() | st.just(heads)),
-        head_dim=draw(st.none() | st.just(64)),
+        head_dim=head_dim,
         rope_theta=draw(positive),
         norm_eps=draw(positive),
         window=draw(st.none() | counts),
-        rope_scaling=draw(scalings()),
+        rope_scaling=draw(scalings((head_dim or 2) // 2)),
     )
 
 
@@ -122,6 +122,13 @@ def recipes(draw: st.DrawFn) -> Recipe:
     kind = draw(st.sampled_from(ScheduleKind))
     warmup, decay, more = draw(st.integers(0, 1000)), draw(st.integers(1, 1000)), draw(st.integers(0, 1000))
     precision = draw(st.sampled_from(Precision))
+    cp, model = draw(counts | st.sampled_from([1, "auto"])), draw(models())
+    activations = draw(st.sampled_from([mode for mode in Activations if mode is not Activations.MINIMAL or cp in (1, "auto")]))
+    fused = ["auto", "none", (), ("norm", "loss")] + ([("rotary", "mlp")] if model.family is not Family.OPT else [])
+    longest = 2**30
+    if model.family is Family.OPT and model.init is not None and model.positions.extend is Extend.REFUSE:
+        longest = max(2, model.max_positions or longest)
+        model = model.model_copy(update={"max_positions": longest})
     return Recipe(
         name=draw(
             st.sampled_from(["1e4", "017", "no", "null", "12", "1.5"]) | st.from_regex(r"[a-z0-9][a-z0-9._-]*", fullmatch=True)
@@ -129,22 +136,22 @@ def recipes(draw: st.DrawFn) -> Recipe:
         seed=draw(st.integers(0, 2**63 - 1)),
         device=draw(st.sampled_from([Device.AUTO, Device.CUDA])),
         output=draw(st.none() | paths),
-        model=draw(models()),
+        model=model,
         data=DataSection(path=draw(paths)),
         training=TrainingSection(
-            sequence_length=draw(st.integers(2, 2**30)),
+            sequence_length=draw(st.integers(2, longest)),
             steps=max(1, warmup + decay + more),
             batch_size=micro * accumulation * dp,
             micro_batch_size=micro,
             precision=precision,
-            activations=draw(st.sampled_from(Activations)),
+            activations=activations,
             max_skipped=draw(counts),
-            fused=draw(st.sampled_from(["auto", "none", (), ("norm", "loss")])),
+            fused=draw(st.sampled_from(fused)),
         ),
         attention=AttentionSection(kernel=draw(st.sampled_from(KernelName))),
         parallel=ParallelSection(
             dp=draw(st.sampled_from(["auto", dp])),
-            cp=draw(counts | st.just("auto")),
+            cp=cp,
             layout=draw(st.sampled_from(Layout)),
             tokens_per_rank=draw(counts),
         ),

@@ -6,9 +6,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from longtrain.recipe import guards, model, schema, zero
+from longtrain.recipe import guards, model, parallel, schema, zero
 from longtrain.recipe.model import ROPE_NUMBERS, ModelSection, RopeKind
-from longtrain.recipe.schema import Layout, OptimizerSection, Recipe
+from longtrain.recipe.parallel import Layout
+from longtrain.recipe.schema import OptimizerSection, Recipe
 from longtrain.recipe.section import Section
 
 MODEL = {"family": "llama", "vocab_size": 64, "hidden_size": 32, "layers": 2, "heads": 4, "intermediate_size": 48}
@@ -146,7 +147,7 @@ CHOICES = {
 
 
 def test_every_enum_of_the_schema_is_a_choice_of_a_field() -> None:
-    named = (*vars(schema).values(), *vars(model).values(), *vars(zero).values(), *vars(guards).values())
+    named = [value for module in (schema, model, parallel, zero, guards) for value in vars(module).values()]
     enums = {value for value in named if isinstance(value, type) and issubclass(value, StrEnum)}
     assert set(CHOICES.values()) == enums - {StrEnum}
 
@@ -164,7 +165,7 @@ def test_every_choice_is_explained_and_accepted_as_text(path: str, member: StrEn
 
 def number_of(name: str) -> Any:
     """A value that every kind of scaling takes."""
-    return [2.0, 3.0] if name in ("short_factor", "long_factor") else 4
+    return [2.0, 3.0, 4.0, 5.0] if name in ("short_factor", "long_factor") else 4
 
 
 def test_defaults_are_those_of_the_reference() -> None:

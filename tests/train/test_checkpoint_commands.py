@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from longtrain.train.checkpoint_folder import complete, damage, verify
+from longtrain.train.checkpoint_format import read_manifest, write_manifest
+from longtrain.train.tracking import METRICS_FILE, read_metrics
 from tests.user import CHECKPOINT, REPOSITORY, command, process, snapshot, train
 
 pytest_plugins = ("tests.desks",)
@@ -31,11 +33,14 @@ def test_ls(path: str) -> None:
     assert said.code == 0, said.text
     head, second, third = said.text.splitlines()
     assert head.split() == ["step", "tokens", "loss", "size", "ranks", "ZeRO", "state"]
-    assert second.split()[:2] == ["2", "256"]
-    assert third.split()[:2] == ["3", "384"]
+    losses = [f"{row['loss']:.4f}" for row in read_metrics(Path("run", METRICS_FILE))]
+    assert second.split()[:3] == ["2", "256", losses[1]]
+    assert third.split()[:3] == ["3", "384", losses[2]]
     assert "MiB" in third
     assert "whole, not verified" in third
     assert command("checkpoint", "ls", str(CHECKPOINT), "--verify").text.splitlines()[1].rstrip().endswith("  verified")
+    Path("run", METRICS_FILE).unlink()
+    assert command("checkpoint", "ls", path).text == said.text, "a checkpoint knows its loss"
 
 
 def test_ls_shows_what_is_torn_at_once_and_what_is_changed_when_it_reads() -> None:
@@ -68,6 +73,19 @@ def test_verify() -> None:
     assert f"error: {OLDER}/{TENSORS}: SHA-256 differs from the manifest" in said.text
     assert command("checkpoint", "verify", str(CHECKPOINT)).code == 0
     assert "nowhere: no such folder" in command("checkpoint", "verify", "nowhere").text
+
+
+def test_a_recipe_that_is_not_the_manifests_is_damage() -> None:
+    changed = read_manifest(CHECKPOINT).model_copy(update={"recipe_sha256": "0" * 64})
+    write_manifest(CHECKPOINT / "manifest.json", changed)
+    reason = f"{CHECKPOINT}/state.json: its recipe is not the one of manifest.json (recipe_sha256)"
+    for words in (("checkpoint", "ls", "run"), ("checkpoint", "verify", "run")):
+        said = command(*words)
+        assert said.code == 2
+        assert f"error: {reason}\n" in said.text
+    said = train("--set", "training.steps=4")
+    assert said.code == 0, said.text
+    assert f"WARNING: passed over {CHECKPOINT.name}: {reason}" in said.text
 
 
 def test_export_is_the_same_command() -> None:
@@ -182,7 +200,8 @@ def test_import_refuses_what_deepspeed_did_not_write() -> None:
         assert f"longtrain export {ours} --out imported" in said.text
     said = command("checkpoint", "import", "data", "--out", "imported")
     assert said.code == 2
-    assert "has no file *_optim_states.pt of ZeRO; name a folder that DeepSpeed's save_checkpoint wrote" in said.text
+    assert "data: has no file *_optim_states.pt of ZeRO" in said.text
+    assert "name a folder that DeepSpeed's save_checkpoint wrote" in said.text
     assert not Path("imported").exists()
 
 

@@ -112,7 +112,7 @@ def test_cadence(
     monkeypatch: pytest.MonkeyPatch, done: int, until: int, saved: list[int], evaluated: list[int], reported: list[int]
 ) -> None:
     stage = Stage(monkeypatch, *CADENCE, done=done)
-    assert replace(stage.train(until), sound=0, losses=RecentLosses()) == Progress(until, until * 192, until * 4)
+    assert replace(stage.train(until), sound=0, losses=RecentLosses(), loss=None) == Progress(until, until * 192, until * 4)
     assert (stage.saved, stage.evaluated, stage.reported) == (saved, evaluated, reported)
     assert [step for step, _ in stage.trained] == list(range(done, until))
 
@@ -138,6 +138,18 @@ def test_rates_follow_the_whole_run_and_not_until(monkeypatch: pytest.MonkeyPatc
     expected = [learning_rate(s, kind="wsd", lr=0.01, steps=10, warmup_steps=2, decay_steps=4) for s in range(1, 5)]
     assert [lr for _, lr in stage.trained] == expected
     assert [row.lr for row in stage.seen.rows] == expected
+
+
+def test_a_batch_size_that_does_not_divide_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of a batch is left out, loudly, and nothing is read twice."""
+    stage = Stage(monkeypatch, done=3)
+    stage.run.progress = replace(stage.run.progress, sequences=18)
+    assert stage.train(5).sequences == 28
+    assert [batch for batch, _ in stage.trained] == [5, 6]
+    assert stage.seen.said == [
+        "WARNING: training.batch_size 4 does not divide the 18 sequences read before: sequences 18 to 19 of the data are left out, "
+        "so that none is read twice"
+    ]
 
 
 def test_a_skipped_update_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,14 @@ def _check_order(way: Way, ranks: list[list[dict[str, Any]]], share: int) -> Non
     """What was read, on every rank; share: sequences of a step that a rank reads. The loader reads one step ahead."""
     seen = set()
     for straight, begun, *controls, _, resumed in ranks:
-        whole = Progress(STEPS, STEPS * BATCH * 48, STEPS * BATCH, sound=STEPS - 1, losses=straight["progress"].losses)
+        whole = Progress(
+            STEPS,
+            STEPS * BATCH * 48,
+            STEPS * BATCH,
+            sound=STEPS - 1,
+            losses=straight["progress"].losses,
+            loss=straight["progress"].loss,
+        )
         assert straight["progress"] == resumed["progress"] == whole, way
         whole, half = STEPS * share, HALF * share
         assert straight["order"][:whole] == begun["order"][:half] + resumed["order"][: whole - half], way

@@ -3,8 +3,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import resource
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -278,3 +280,106 @@ def test_metrics_of_an_older_version_are_read(tmp_path: Path) -> None:
     path = tmp_path / METRICS_FILE
     path.write_text(json.dumps(row) + "\n")
     assert read_metrics(path) == [row]
+
+
+@pytest.fixture
+def room() -> Iterator[Callable[[int | None], None]]:
+    """Sets how many bytes a file of this process may have, None for any number: more is refused, in the middle of a line."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+
+    yield limit
+    limit(None)
+
+
+def test_reports_wait_for_a_disk_that_is_full(tmp_path: Path, room: Callable[[int | None], None]) -> None:
+    path, said = tmp_path / METRICS_FILE, list[str]()
+    lines = JsonLines(path, 0, said.append)
+    many = reports(9)
+    for _ in range(2):
+        lines.log(many.pop(0))
+    room(path.stat().st_size + 50)
+    for _ in range(3):
+        lines.log(many.pop(0))
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert path.read_bytes().endswith(b"}\n"), "nothing torn"
+    room(None)
+    lines.say("a checkpoint is saved")
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
+    reason = "training goes on, and its reports from step 3 on wait in memory until they can be written"
+    assert said == [
+        f"WARNING: {path}: File too large: {reason}",
+        f"{path} can be written again: it has the reports of steps 3 to 5",
+    ]
+    for report in many:
+        lines.log(report)
+    lines.close()
+    assert read_metrics(path) == [asdict(report) for report in reports(9)]
+    assert len(said) == 2
+
+
+def test_reports_that_are_lost_are_told(tmp_path: Path, room: Callable[[int | None], None]) -> None:
+    path, said = tmp_path / METRICS_FILE, list[str]()
+    lines = JsonLines(path, 0, said.append, waiting=3)
+    first, *rest = reports(6)
+    lines.log(first)
+    room(path.stat().st_size)
+    for report in rest:
+        lines.log(report)
+    lines.close()
+    assert said[1:] == [f"ERROR: {path}: File too large: the reports of steps 2 to 6 are lost"]
+    lines = JsonLines(path, 1, said.append, waiting=3)
+    for report in rest:
+        lines.log(report)
+    room(None)
+    lines.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 4, 5, 6], "no more than three wait"
+    assert said[-1] == f"ERROR: {path}: the reports of steps 2 to 3 are lost"
+
+
+def test_going_back_needs_no_room(tmp_path: Path, room: Callable[[int | None], None]) -> None:
+    path, said = tmp_path / METRICS_FILE, list[str]()
+    lines = JsonLines(path, 0, said.append)
+    for report in reports(4):
+        lines.log(report)
+    room(path.stat().st_size)
+    for report in reports(6)[4:]:
+        lines.log(report)
+    lines.go_back(5)
+    lines.go_back(2)
+    lines.log(replace(REPORT, step=3, loss=9.0))
+    lines.close()
+    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(1, 2.5), (2, 2.5), (3, 9.0)]
+    assert said[1:] == [f"{path} can be written again"]
+
+
+def test_what_a_tracker_cannot_write_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Full(Tracker):
+        def log(self, metrics: Metrics) -> None:
+            raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            raise OSError(28, "No space left on device")
+
+    path = tmp_path / METRICS_FILE
+    trackers = Trackers([Full(), JsonLines(path, 0)])
+    for report in reports(2):
+        trackers.log(report)
+    trackers.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert capsys.readouterr().err == "WARNING: Full cannot write: [Errno 28] No space left on device; training goes on\n"
+
+
+def test_plots_that_cannot_be_drawn_end_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> list[Path]:
+        raise OSError(28, "No space left on device", "run/.loss.png.tmp")
+
+    now = iter([0.0, 60.0, 61.0, 161.0, 162.0])
+    tracker = Redrawn(full, lambda: next(now))
+    for report in reports(2):
+        tracker.log(report)
+    said = "WARNING: the plots could not be drawn: [Errno 28] No space left on device: 'run/.loss.png.tmp'; training goes on\n"
+    assert capsys.readouterr().err == said
+    assert next(now, None) is None, "it is tried again"
