@@ -165,10 +165,11 @@ class AttentionSection(Section):
     kernel: KernelName = Field(
         default=KernelName.AUTO,
         strict=False,
-        description="Attention kernel: auto (the fastest that can do the task with the same bits in every run), or one by "
-        "name, which never falls back: triton (CUDA GPUs), cudnn and flash (cuDNN's, which takes no packed documents, and "
-        "FlashAttention-2, as PyTorch brings them: rings round partial results, and gradients differ from run to run in the last "
-        "bits), reference (plain PyTorch, memory grows with the square of the sequence), memory_efficient (plain PyTorch in tiles).",
+        description="Attention kernel: auto (the fastest that can do the task with the same bits in every run), or "
+        "one by name, which never falls back: triton (CUDA GPUs), cudnn and flash (cuDNN's, which takes no packed "
+        "documents, and FlashAttention-2, as PyTorch brings them: rings round partial results, and gradients differ "
+        "from run to run in the last bits), reference (plain PyTorch, memory grows with the square of the sequence), "
+        "memory_efficient (plain PyTorch in tiles).",
     )
 
 
