@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 
 from longtrain.cli.terminal import Lasting
 from longtrain.train.checkpoint_folder import complete, verify
+from tests.small_disk import mounted
 from tests.user import CHECKPOINT, REPOSITORY, SCRIPT, STEPS
 
 pytest_plugins = ("tests.desks",)
@@ -149,15 +149,8 @@ def test_a_full_disk_is_told_each_time_that_it_fills(capsys: pytest.CaptureFixtu
 @pytest.fixture
 def disk(fresh: None) -> Iterator[Path]:
     """A file system of 80 MiB."""
-    folder = Path("disk").absolute()
-    folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("a small tmpfs cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(Path("disk").absolute(), "80m") as folder:
+        yield folder
 
 
 # `longtrain ARGUMENTS`, on a disk that is full between the reports of two steps

@@ -6,8 +6,6 @@ import errno
 import io
 import os
 import random
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,6 +22,7 @@ from longtrain.train.checkpoint import Saver, load, save
 from longtrain.train.checkpoint_folder import damage, find_latest, remove_leftovers, verify
 from tests.distributed import run_ranks
 from tests.one_rank import OneRank, make_state
+from tests.small_disk import mounted
 
 
 @pytest.fixture
@@ -353,15 +352,8 @@ def test_writes_that_take_less_than_they_are_given(tmp_path: Path, engine: Any, 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True
-    )
-    if not mounted or mounted.returncode:
-        pytest.skip("a small tmpfs cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with mounted(tmp_path / "small", "64k") as folder:
+        yield folder
 
 
 def test_a_full_disk(small_disk: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
