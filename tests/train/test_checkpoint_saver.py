@@ -98,7 +98,9 @@ def test_leaving_waits_for_the_disk(tmp_path: Path, engine: Any, monkeypatch: py
 def test_without_memory_for_a_copy_the_same_is_written_at_once(
     tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    Saver(engine.ctx, part).begin(tmp_path / "copied", engine, make_state(1), keep=1)
+    behind = Saver(engine.ctx, part)
+    behind.begin(tmp_path / "copied", engine, make_state(1), keep=1)
+    assert behind.settle()
     monkeypatch.setattr(checkpoint, "available_memory", lambda: 100)
     small = Saver(engine.ctx, part)
     reason = small.begin(tmp_path / "streamed", engine, make_state(1), keep=1)
