@@ -24,6 +24,7 @@ from longtrain.errors import KernelError
 
 DTYPES = (torch.float16, torch.bfloat16)
 MODIFIERS = {"softcap": "has no soft-cap", "alibi": "has no ALiBi", "bias": "returns no gradient of a bias"}
+NO_DOCUMENTS = "takes no packed documents (torch's backward for them reads out of bounds before pytorch#186142)"
 DROPOUT = "has a dropout of its own, not the one that depends on positions alone"
 
 
@@ -164,12 +165,12 @@ class _VendorKernel:
         raise NotImplementedError
 
     def _documents_forward(self, q: Tensor, k: Tensor, v: Tensor, block: Block, scale: float) -> Partial:
-        raise KernelError(f"attention kernel {self.name}: takes no packed documents")
+        raise KernelError(f"attention kernel {self.name}: {NO_DOCUMENTS}")
 
     def _documents_backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, block: Block, scale: float
     ) -> Grads:
-        raise KernelError(f"attention kernel {self.name}: takes no packed documents")
+        raise KernelError(f"attention kernel {self.name}: {NO_DOCUMENTS}")
 
 
 class CudnnKernel(_VendorKernel):
@@ -184,7 +185,7 @@ class CudnnKernel(_VendorKernel):
         return super()._missing() + ["this torch has no cuDNN"] * (not torch.backends.cudnn.is_available())
 
     def _refuses_mask(self, needs: Needs) -> list[str]:
-        reasons = ["takes no packed documents"] * needs.documents
+        reasons = [NO_DOCUMENTS] * needs.documents
         return reasons + ["is full or causal, with no window or other band"] * (not needs.kinds <= {"full", "causal"})
 
     def _rectangles(self, band: Band, queries: int, keys: int) -> Iterator[Rectangle]:
