@@ -17,6 +17,7 @@ from longtrain.cores import usable_cores
 from longtrain.errors import LaunchError
 from longtrain.parallel import deepspeed
 from longtrain.parallel.context import Grid, ParallelContext, create_context
+from longtrain.parallel.meeting import meet
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def start(
     launch: normally `Launch.read()`. device: auto | cpu | cuda. timeout: of every collective; long, because one rank may be
     writing a checkpoint or compiling while the others wait. rendezvous: torch's init_method, for processes that were not
     started by torchrun; one process alone needs none and opens no port.
-    Raises LaunchError where the processes do not fill dp x cp, or the device is missing.
+    Raises LaunchError where the processes do not fill dp x cp, the device is missing, or some do not come.
     """
     grid = Grid(dp, cp)
     if launch.world != grid.world:
@@ -161,9 +162,8 @@ def _store(launch: Launch, timeout: timedelta) -> Any:
     if not launch.torchrun:
         return None
     store = next(iter(dist.rendezvous("env://", launch.rank, launch.world, timeout=timeout)))[0]  # pyright: ignore
-    # torchrun keeps its store when it starts the ranks again, and in it the addresses of those that are gone
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"attempt-{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+    meeting = meet(store, launch.rank, launch.world)
+    return dist.PrefixStore(meeting, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def check_agreement(ctx: ParallelContext, facts: Mapping[str, str]) -> None:

@@ -28,9 +28,9 @@ def answer_skips(run: Run, beat: Beat = lambda step, phase: None) -> bool:
     if progress.skipped_in_row < recipe.training.max_skipped:
         return False
     guards, damaged = recipe.guards, []
+    beat(progress.step, "save")
+    run.settle()  # what is on its way deletes others, once it is there
     if guards.on_max_skipped is SkipAction.ROLL_BACK and progress.roll_backs < guards.max_roll_backs:
-        beat(progress.step, "save")
-        run.settle()
         beat(progress.step, "roll-back")
         target, damaged = _target(run.ctx, lambda: good_checkpoints(progress, folder))
         for path, reason in damaged:

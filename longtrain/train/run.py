@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,17 @@ from rich.console import Console
 
 import longtrain
 from longtrain.data.mixture import Split
+from longtrain.errors import CheckpointError
 from longtrain.parallel.context import ParallelContext
 from longtrain.plan import Plan
 from longtrain.train.assemble import Run, assemble, warnings
-from longtrain.train.checkpoint_folder import digest_of, remove_leftovers, set_aside
+from longtrain.train.checkpoint import together
+from longtrain.train.checkpoint_folder import complete, digest_of, remove_leftovers, set_aside
 from longtrain.train.experiment import choose_id, experiment_trackers
+from longtrain.train.guards import step_of
 from longtrain.train.loop import Evaluate, train
 from longtrain.train.resume import CHECKPOINTS, Start, confirm, flat
-from longtrain.train.run_folder import environment, explain, tracker_config, worth_keeping
+from longtrain.train.run_folder import environment, explain, occupy, tracker_config, worth_keeping
 from longtrain.train.state import Progress
 from longtrain.train.tracking import METRICS_FILE, Background, JsonLines, Redrawn, Terminal, Trackers, say_on_stderr
 from longtrain.train.watchdog import Watchdog
@@ -48,12 +52,14 @@ def run_training(
     start = confirm(ctx, start)
     run = assemble(plan, ctx, split, start, verified=True)
     run.asked_to_stop = asked_to_stop
+    alone = ExitStack()
     try:
         if run.progress.step >= goal:
             if ctx.is_main:
                 Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
             return run.progress
         record = environment(ctx, run.progress.step)
+        together(ctx, lambda: _occupy(run, start, alone) if ctx.is_main else None)
         if ctx.is_main:
             _open_folder(run, start, record, draw)
         with Watchdog(ctx, run.folder, plan.recipe.guards.watchdog_seconds) as watchdog:
@@ -65,6 +71,7 @@ def run_training(
         return progress
     finally:
         run.close()
+        alone.close()
 
 
 def _last_plots(draw: Draw) -> Sequence[Path]:
@@ -91,11 +98,23 @@ def _nothing_to_do(run: Run, goal: int) -> str:
     return f"nothing to do: {run.folder} is at step {step} already; to train on, {more}"
 
 
+def _occupy(run: Run, start: Start, alone: ExitStack) -> None:
+    """Keeps other processes out of the run's folder while `alone` is open. Raises CheckpointError where one is, or was, in it."""
+    alone.enter_context(occupy(run.folder))
+    steps = complete(run.folder / CHECKPOINTS)
+    later = [path.name for path in steps if path not in start.damaged and step_of(path) > run.progress.step]
+    if later:
+        raise CheckpointError(
+            f"{run.folder}: another process has saved {later[-1]} there since this one looked for checkpoints; start again"
+        )
+
+
 def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw | None) -> None:
     """The run's folder, what explains it, and the trackers."""
     recipe, done = run.plan.recipe, run.progress.step
-    remove_leftovers(run.folder / CHECKPOINTS)
+    # first, as leftovers may be renamed to what they were to replace
     aside = [f"{path.name} is now {set_aside(path).name}" for path in start.damaged]
+    remove_leftovers(run.folder / CHECKPOINTS)
     explain(run.folder, run.plan, record)
     console = Console(file=sys.stdout)
     console.print(_headline(run.plan), highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -18,12 +19,12 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 import longtrain
-from longtrain.errors import LaunchError
+from longtrain.errors import CheckpointError, LaunchError
 from longtrain.files import replace_durably
 from longtrain.parallel.context import ParallelContext
 from longtrain.plan import Plan
@@ -41,6 +42,25 @@ EXPORT_FOLDER = "huggingface"
 PACKAGES = ("torch", "triton", "deepspeed", "numpy", "safetensors", "transformers", "wandb", "tensorboard")
 PATIENCE = 30.0
 """Seconds until every host has to see a file: a network file system may remember for a while that it was not there."""
+
+
+def occupy(folder: Path) -> IO[str]:
+    """A file that no other process may have from here, also on another host, until it is closed or this process ends; for the main
+    rank. Where the file system has no locks, nobody is kept out. Raises CheckpointError where another process trains into `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ENVIRONMENT_FILE).open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise CheckpointError(
+            f"{folder}: another process trains into it (the last line of {ENVIRONMENT_FILE} says since when and where); let it "
+            "end, or set another output"
+        ) from None
+    except OSError:
+        pass
+    return file
 
 
 def explain(folder: Path, plan: Plan, environment: Mapping[str, Any]) -> None:

@@ -6,7 +6,9 @@ import contextlib
 import io
 import os
 import random
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -193,9 +195,9 @@ def _learnt(folder: Path) -> dict[str, bytes]:
 
 
 @contextmanager
-def _torchrun(*more: str) -> Iterator[subprocess.Popen[str]]:
-    """A run on two ranks, none of which outlives the block."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+def _torchrun(*more: str, where: Sequence[str] = ("--standalone", "--nproc-per-node", "2")) -> Iterator[subprocess.Popen[str]]:
+    """A run on two ranks, or this host's part of one, none of which outlives the block. where: torchrun's words for that."""
+    words = [sys.executable, "-m", "torch.distributed.run", *where, "--max-restarts", "3"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [*words, SCRIPT, "--recipe", "recipe.yaml", *more],
@@ -265,4 +267,26 @@ def test_an_elastic_restart_goes_on() -> None:
         said = process.communicate(timeout=120)[0]
         assert process.returncode == 0, said
     assert "resuming run/checkpoints/step-" in said
+    assert complete(Path("run", CHECKPOINTS))[-1].name == "step-00000060"
+
+
+@pytest.mark.faults
+@pytest.mark.usefixtures("fresh")
+def test_an_elastic_restart_on_two_hosts_goes_on() -> None:
+    """The torchrun of each host counts its restarts on its own: that whose worker died says 1, the other one 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    where = ("--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "x", "--rdzv-endpoint", place)
+    goal = ("--set", "training.steps=60")
+    with _torchrun(*goal, where=where) as first, _torchrun(*goal, where=where) as second:
+        # who comes first is rank 0's host, and the other one says nothing
+        hosts = {process.stdout: process for process in (first, second)}
+        talker = hosts[select.select(list(hosts), [], [])[0][0]]
+        _read_until(talker, "saved run/checkpoints/step-00000003")
+        silent = second if talker is first else first
+        os.kill(_workers(silent.pid)[-1], signal.SIGKILL)
+        said = [process.communicate(timeout=120)[0] for process in (talker, silent)]
+        assert [talker.returncode, silent.returncode] == [0, 0], said
+    assert "resuming run/checkpoints/step-" in "".join(said)
     assert complete(Path("run", CHECKPOINTS))[-1].name == "step-00000060"

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import longtrain
-from longtrain.errors import LaunchError
+from longtrain.errors import CheckpointError, LaunchError
 from longtrain.parallel.context import ParallelContext
 from longtrain.recipe.load import load_recipe
-from longtrain.train.run_folder import check_place, check_shared, check_writable, commit
+from longtrain.train import run
+from longtrain.train.run_folder import check_place, check_shared, check_writable, commit, occupy
 from tests.distributed import run_ranks
 from tests.tiny import tiny_recipe
-from tests.user import train
+from tests.user import snapshot, train
 
 pytest_plugins = ("tests.desks",)
 
@@ -142,3 +147,43 @@ def test_writable(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LaunchError, match="is not a folder; set another output"):
         check_writable(tmp_path / "file" / "b")
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with occupy(folder), pytest.raises(CheckpointError, match=r"run: another process trains into it .*environment\.jsonl"):
+        occupy(folder)
+    occupy(folder).close()
+
+
+def test_where_nothing_can_be_locked_nobody_is_kept_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unable)
+    with occupy(tmp_path), occupy(tmp_path):
+        pass
+
+
+@pytest.mark.usefixtures("trained")
+def test_another_process_in_the_folder_is_not_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ("--set", "training.steps=5")
+    before = snapshot()
+    with occupy(Path("run")):
+        said = train(*more)
+    assert said.code == 2
+    assert "error: run: another process trains into it" in said.text
+    assert snapshot() == before
+    inner = run.assemble
+
+    def meanwhile(*arguments: Any, **options: Any) -> Any:
+        shutil.copytree("run/checkpoints/step-00000003", "run/checkpoints/step-00000004")
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(run, "assemble", meanwhile)
+    said = train(*more)
+    assert said.code == 2
+    assert "error: run: another process has saved step-00000004 there since this one looked" in said.text
+    assert "start again" in said.text
+    shutil.rmtree("run/checkpoints/step-00000004")
+    assert snapshot() == before
