@@ -100,7 +100,6 @@ TRAIN_REFUSALS = {
         ("evaluation.sequences=1000: 1000 are wanted", "held-out sequences of 32 tokens", "or less"),
         set_("evaluation.sequences=1000"),
     ),
-    "foreign metrics": Refusal(("run/metrics.jsonl:1: is no report",), (), overwrite("run/metrics.jsonl", b"1\n2\n")),
     "resume from nothing": Refusal(("nowhere: no such folder",), ("--resume", "nowhere")),
     "resume from a file": Refusal(("recipe.yaml: no whole checkpoint here",), ("--resume", "recipe.yaml")),
     "ranks without dry run": Refusal(("--ranks goes with --dry-run",), ("--ranks", "1")),

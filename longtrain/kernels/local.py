@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from longtrain.attention.keep import Keep
 from longtrain.attention.mask import AttentionMask
-from longtrain.attention.protocol import PLAIN, AttentionKernel, Block, SoftmaxAttend
+from longtrain.attention.protocol import PLAIN, Block, SoftmaxAttend
 from longtrain.attention.spec import AttentionSpec
 from longtrain.kernels import ops
 
@@ -23,7 +23,7 @@ SLOT = "attention"
 class LocalAttend(SoftmaxAttend):
     """The Attend of one device: queries and keys are all here. In a compiled model it is one operator (`kernels.ops`)."""
 
-    kernel: AttentionKernel
+    kernel: ops.Source
     handle: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -7,6 +7,8 @@ tensors, numbers and strings: a mask and a spec are passed field by field, a ker
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +23,27 @@ from longtrain.attention.spec import AttentionSpec
 from longtrain.errors import KernelError
 from longtrain.kernels.flops import backward_flops, forward_flops
 
-_HANDLES: dict[str, AttentionKernel] = {}
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of q, k and v, and of what is added to scores."""
+
+Choose = Callable[[Tensor, Tensor, Tensor, Block, AttentionSpec], AttentionKernel]
+"""Of q, k and v that belong together (`check_inputs`)."""
 
 
-def handle(kernel: AttentionKernel) -> str:
+@dataclass(frozen=True, eq=False)
+class Chooser:
+    """Takes the place of a kernel where the tensors decide which: called when attention runs, forward and backward, so that a
+    compiler never sees the choice, and lengths that are symbols to it are numbers here."""
+
+    name: str
+    choose: Choose
+
+
+Source = AttentionKernel | Chooser
+_HANDLES: dict[str, Source] = {}
+
+
+def handle(kernel: Source) -> str:
     """A string that stands for this very instance in this process: its name, numbered from the second instance on.
 
     Handles are for good: a graph, or a backward still to run, may hold the string alone.
@@ -38,7 +57,7 @@ def handle(kernel: AttentionKernel) -> str:
     return new
 
 
-def kernel_of(handle: str) -> AttentionKernel:
+def kernel_of(handle: str) -> Source:
     """Raises KernelError for a handle of another process."""
     if handle not in _HANDLES:
         raise KernelError(f"attention operator: no kernel {handle!r} in this process; make a LocalAttend with it before running")
@@ -121,15 +140,29 @@ class Gradients(NamedTuple):
         return Gradients(dq, dk, dv, more.pop() if spec.bias is not None else None, dsinks)
 
 
-def run_forward(kernel: AttentionKernel, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> Partial:
-    """A kernel's (out, lse) with the sinks of the spec. Raises KernelError where shapes do not belong together."""
+def check_dtypes(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
+    """Raises KernelError, which names tensor and dtype: plain torch would compute on integers, and on a mask of bools as a bias."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("bias", spec.bias), ("alibi_slopes", spec.alibi_slopes)):
+        if x is not None and x.dtype not in DTYPES:
+            raise KernelError(f"attention: {name} is {x.dtype}, must be {', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise KernelError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}: give them one dtype")
+
+
+def _chosen(kernel: Source, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> AttentionKernel:
+    return kernel.choose(q, k, v, block, spec) if isinstance(kernel, Chooser) else kernel
+
+
+def run_forward(kernel: Source, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> Partial:
+    """A kernel's (out, lse) with the sinks of the spec. Raises KernelError where shapes or dtypes do not belong together."""
     check_inputs(q, k, v, spec, block)
-    part = kernel.forward(q, k, v, block, spec.without_sinks)
+    check_dtypes(q, k, v, spec)
+    part = _chosen(kernel, q, k, v, block, spec).forward(q, k, v, block, spec.without_sinks)
     return part if spec.sinks is None else add_sinks_(part, spec.sinks)
 
 
 def run_backward(
-    kernel: AttentionKernel,
+    kernel: Source,
     dout: Tensor,
     dlse: Tensor,
     q: Tensor,
@@ -141,6 +174,7 @@ def run_backward(
     spec: AttentionSpec,
 ) -> Gradients:
     """out, lse: of `run_forward`."""
+    kernel = _chosen(kernel, q, k, v, block, spec)
     delta = kernel.delta(dout, out, dlse)
     dsinks = None if spec.sinks is None else sinks_gradient(spec.sinks, lse, delta)
     return Gradients(*kernel.backward(dout, q, k, v, lse, delta, block, spec.without_sinks), dsinks)

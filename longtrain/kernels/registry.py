@@ -44,9 +44,20 @@ class Choice:
     rounds: bool = False
 
 
-def select(needs: Needs, wanted: str = AUTO, candidates: tuple[AttentionKernel, ...] | None = None) -> Choice:
+def unknown(wanted: str, names: Iterable[str], setting: str) -> KernelError:
+    """That no kernel has this name. setting: what was set to it."""
+    return KernelError(f"{setting}: there is no kernel {wanted!r}; there are: {', '.join((AUTO, *names))}")
+
+
+def select(
+    needs: Needs,
+    wanted: str = AUTO,
+    candidates: tuple[AttentionKernel, ...] | None = None,
+    *,
+    setting: str = "attention.kernel",
+) -> Choice:
     """The fastest kernel (`kernels.measured`) that can do all that `needs` holds. Asking by name never falls back, and
-    accepts partial results that are not fp32.
+    accepts partial results that are not fp32. setting: what the caller calls `wanted`, for the messages.
 
     Raises KernelError with every kernel's reasons where none can, or where the wanted one cannot.
     """
@@ -56,11 +67,11 @@ def select(needs: Needs, wanted: str = AUTO, candidates: tuple[AttentionKernel, 
         needs = replace(needs, fp32_partials=False)
     reasons = {name: kernel.refuses(needs) for name, kernel in by_name.items()}
     if wanted != AUTO and wanted not in by_name:
-        raise KernelError(f"attention.kernel: there is no kernel {wanted!r}; there are: auto, {', '.join(by_name)}")
+        raise unknown(wanted, by_name, setting)
     if wanted != AUTO and reasons[wanted]:
         able = [name for name, why in reasons.items() if not why]
-        hint = f"; set attention.kernel to {' or '.join(['auto', *able])}" if able else ""
-        raise KernelError(f"attention.kernel: {wanted} cannot do this: {'; '.join(reasons[wanted])}{hint}")
+        hint = f"; set {setting} to {' or '.join([AUTO, *able])}" if able else ""
+        raise KernelError(f"{setting}: {wanted} cannot do this: {'; '.join(reasons[wanted])}{hint}")
     if wanted == AUTO:
         reasons = {name: why or ([BY_NAME[name]] if name in BY_NAME else []) for name, why in reasons.items()}
     order = measured(needs)

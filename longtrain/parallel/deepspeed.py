@@ -261,8 +261,9 @@ class Engine:
             state = self._adam.state[flat]
             if not state:
                 device = flat.device if self._adam.defaults["fused"] else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state |= {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
+                # first, as there may be no memory for them: half a state would count as one
+                moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
+                state |= {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}
 
     def adam_steps(self) -> dict[str, int]:
         """Steps that Adam has taken on every parameter; 0 before the first."""

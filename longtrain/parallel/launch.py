@@ -22,7 +22,8 @@ from longtrain.parallel.meeting import meet
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started. `default_threads`: torchrun, not the user, chose one OpenMP thread per rank."""
+    """How this process was started. `default_threads`: torchrun, not the user, chose one OpenMP thread per rank. `parent`: the
+    number of the torchrun process, where that is what started it."""
 
     rank: int = 0
     world: int = 1
@@ -30,6 +31,11 @@ class Launch:
     local_world: int = 1
     torchrun: bool = False
     default_threads: bool = False
+    parent: int | None = None
+
+    def orphaned(self) -> bool:
+        """Whether torchrun has ended without ending this process, as a kill -9 makes it."""
+        return self.parent is not None and os.getppid() != self.parent
 
     @staticmethod
     def read(environment: Mapping[str, str] | None = None) -> Launch:
@@ -65,6 +71,7 @@ class Launch:
             torchrun=True,
             # torchrun exports 1 where the user exported nothing; any other value is the user's.
             default_threads=local_world > 1 and env.get("OMP_NUM_THREADS") == "1",
+            parent=os.getppid() if "TORCHELASTIC_RUN_ID" in env else None,
         )
 
 

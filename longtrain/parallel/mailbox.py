@@ -18,6 +18,10 @@ POLL = 0.02
 """Seconds between two looks for what other ranks have posted; ten times that after the first second."""
 
 
+class MailboxGoneError(RuntimeError):
+    """The store is gone in which ranks leave their posts: torchrun was killed, or its host is down."""
+
+
 class Mailbox:
     """What the ranks of `ctx` have posted under keys that nobody uses twice."""
 
@@ -30,19 +34,22 @@ class Mailbox:
             self._store = dist.PrefixStore("longtrain/mailbox", store)  # pyright: ignore[reportPrivateImportUsage]
 
     def post(self, key: str, text: str) -> None:
-        """Leaves `text` as this rank's post under `key`."""
+        """Leaves `text` as this rank's post under `key`. Raises MailboxGoneError."""
         if self._store is None:
             self._own[key] = text
         else:
-            self._store.set(f"{key}/{self._rank}", text)
+            _reach(lambda: self._store.set(f"{key}/{self._rank}", text))
 
     def collect(self, key: str, give_up: Callable[[], bool]) -> list[str]:
         """The posts of all ranks under `key`, in rank order, when all are there; they are then forgotten.
 
-        Raises TimeoutError that names the ranks that have posted nothing when `give_up` says so.
+        Raises TimeoutError that names the ranks that have posted nothing when `give_up` says so, and MailboxGoneError.
         """
         if self._store is None:
             return [self._own.pop(key)]
+        return _reach(lambda: self._collect(key, give_up))
+
+    def _collect(self, key: str, give_up: Callable[[], bool]) -> list[str]:
         keys = [f"{key}/{rank}" for rank in range(self._world)]
         start = time.monotonic()
         while not self._store.check(keys):
@@ -54,3 +61,10 @@ class Mailbox:
         for name in keys:
             self._store.delete_key(name)
         return posts
+
+
+def _reach(action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except RuntimeError as error:  # all that the store raises, whatever is wrong
+        raise MailboxGoneError(str(error)) from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 from longtrain.plan.plan import Plan
 from longtrain.recipe.zero import Offload
@@ -13,24 +16,70 @@ SAVED = 12
 """Bytes of a parameter in a checkpoint: master weight and two moments, fp32."""
 OFFLOADED = 16
 """Bytes of a parameter that `zero.offload cpu` keeps on the host: the same, and the gradient."""
+UNLIMITED = 1 << 60
+"""Bytes from which on a limit is none: version 1 of control groups writes the largest number of pages that it can count."""
+
+# by the file system of either version: the limit of a control group, and what of memory.stat cannot be dropped, as page cache can
+_LIMITS = {
+    "cgroup": ("memory.limit_in_bytes", ("total_rss", "total_shmem")),
+    "cgroup2": ("memory.max", ("anon", "shmem")),
+}
+_NUMBER = re.compile(r"^(\w+):? +(\d+)", re.MULTILINE)
+_GROUP = re.compile(r"^(\d+):(.*?):(/.*)$", re.MULTILINE)
+_MOUNT = re.compile(r"^\S+ \S+ \S+ (/\S*) (/\S*) .* - (cgroup2?) \S+ (\S+)$", re.MULTILINE)
 
 
-def available_memory(proc: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Bytes of host memory that can still be had, by the machine and by the limit of a container; None where neither says."""
+def available_memory(root: Path = Path("/")) -> int | None:
+    """Bytes of host memory that can still be had, by the machine and by the limit of every control group that this process is in:
+    a container, a job of Slurm, a unit of systemd. None where nothing says. root: of the file system, with proc in it.
+    """
     found = []
-    try:
-        lines = dict(line.split(":", 1) for line in proc.read_text().splitlines())
-        found.append(1024 * int(lines["MemAvailable"].split()[0]))
-    except (OSError, ValueError, KeyError):
-        pass
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        # the page cache of a container counts as used, but gives way
-        found.append(max(0, limit - int(used["anon"])))
-    except (OSError, ValueError, KeyError):
-        pass
+    machine = _numbers(root / "proc/meminfo")
+    if "MemAvailable" in machine:
+        found.append(1024 * machine["MemAvailable"])
+    for group, kind in _groups(root):
+        name, taken = _LIMITS[kind]
+        try:
+            limit = int((group / name).read_text())
+        except (OSError, ValueError):  # the root of version 2 has none, others have perhaps "max"
+            continue
+        if limit < UNLIMITED:
+            used = _numbers(group / "memory.stat")
+            found.append(max(0, limit - sum(used.get(what, 0) for what in taken)))
     return min(found, default=None)
+
+
+def _groups(root: Path) -> Iterator[tuple[Path, str]]:
+    """The control group of this process and all above it, as far up as they are mounted, with the file system that they are of."""
+    own: dict[str, PurePosixPath] = {}
+    for number, controllers, path in _GROUP.findall(_text(root / "proc/self/cgroup")):
+        if number == "0":
+            own["cgroup2"] = PurePosixPath(path)
+        elif "memory" in controllers.split(","):
+            own["cgroup"] = PurePosixPath(path)
+    for top, point, kind, options in _MOUNT.findall(_text(root / "proc/self/mountinfo")):
+        # of version 1 every controller has a tree of its own; and what is mounted may be a part of the tree that we are not in
+        if kind in own and (kind == "cgroup2" or "memory" in options.split(",")) and own[kind].is_relative_to(_unescaped(top)):
+            inner, mount = own[kind].relative_to(_unescaped(top)), root / _unescaped(point).lstrip("/")
+            yield from ((mount / path, kind) for path in (inner, *inner.parents))
+
+
+def _unescaped(path: str) -> str:
+    """As it is called, of how mountinfo writes it: systemd's names have backslashes."""
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), path)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The number behind every name in a file of the kernel."""
+    return {name: int(number) for name, number in _NUMBER.findall(_text(path))}
+
+
+def _text(path: Path) -> str:
+    """Nothing where it cannot be read. Names of mounts need not be UTF-8."""
+    try:
+        return os.fsdecode(path.read_bytes())
+    except OSError:
+        return ""
 
 
 def fits(copy: int, available: int | None) -> bool:

@@ -59,9 +59,7 @@ def run_training(
                 Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
             return run.progress
         record = environment(ctx, run.progress.step)
-        together(ctx, lambda: _occupy(run, start, alone) if ctx.is_main else None)
-        if ctx.is_main:
-            _open_folder(run, start, record, draw)
+        together(ctx, lambda: _open_folder(run, start, record, draw, alone) if ctx.is_main else None)
         with Watchdog(ctx, run.folder, plan.recipe.guards.watchdog_seconds) as watchdog:
             # also within a long evaluation
             run.engine.model.register_forward_pre_hook(lambda *_: watchdog.alive())
@@ -75,10 +73,10 @@ def run_training(
 
 
 def _last_plots(draw: Draw) -> Sequence[Path]:
-    """None where the disk takes none: the run is trained, and saved."""
+    """None where the disk takes none, or has changed what they are drawn of: the run is trained, and saved."""
     try:
         return draw()
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
         say_on_stderr(f"WARNING: the plots could not be drawn: {error}")
         return ()
 
@@ -109,8 +107,9 @@ def _occupy(run: Run, start: Start, alone: ExitStack) -> None:
         )
 
 
-def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw | None) -> None:
+def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw | None, alone: ExitStack) -> None:
     """The run's folder, what explains it, and the trackers."""
+    _occupy(run, start, alone)
     recipe, done = run.plan.recipe, run.progress.step
     # first, as leftovers may be renamed to what they were to replace
     aside = [f"{path.name} is now {set_aside(path).name}" for path in start.damaged]

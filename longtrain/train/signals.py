@@ -1,7 +1,8 @@
 """Being asked to stop: SIGTERM, SIGUSR1 or SIGINT, on any rank, at any moment.
 
 The first one only sets a flag, which the ranks look at together before every step. The second one ends the process at once, also
-where its main thread is inside a collective and runs no Python: a thread of its own reads the signals from a pipe.
+where its main thread is inside a collective and runs no Python: a thread of its own reads the signals from a pipe. What is said
+is said beside it: a pipe that nobody reads may be full, and then takes no word for ever.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -20,12 +22,25 @@ STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SAME = 1.0
 """Seconds in which a second signal counts as the first: batch systems signal every process, and torchrun passes its own on."""
+LAST_WORDS = 2.0
+"""Seconds that a process which ends waits for what it says to be taken."""
+
+
+def beside(act: Callable[[], object]) -> threading.Thread:
+    """A thread that does this, for what may wait for ever, as for a reader or a disk: it keeps no process from ending.
+
+    Raises RuntimeError where the system allows no more threads.
+    """
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
 
 
 class StopSignals:
     """A context in which the signals are a request to stop. Does nothing outside the main thread, where Python gets none.
 
-    say: tells people, once for the first signal, from another thread. last_words: called before the second one ends the process.
+    say: tells people, once for the first signal. last_words: called when the second one ends the process, which waits LAST_WORDS
+    seconds for it. Each in a thread of its own.
     """
 
     def __init__(self, say: Callable[[str], None], last_words: Callable[[], None] = lambda: None) -> None:
@@ -69,9 +84,15 @@ class StopSignals:
         now = time.monotonic()
         if self._first is None:
             self._first = number, now
-            self._say(f"{number.name}: stopping after this step, with a checkpoint; once more ends it at once, without one")
+            text = f"{number.name}: stopping after this step, with a checkpoint; once more ends it at once, without one"
+            with suppress(RuntimeError):  # no thread can be started any more
+                beside(lambda: self._say(text))
         elif now > self._first[1] + SAME:
-            self._last_words()
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(128 + number)
+            try:
+                streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+                last = [beside(act) for act in (self._last_words, *(stream.flush for stream in streams))]
+                until = now + LAST_WORDS
+                for thread in last:
+                    thread.join(max(0.0, until - time.monotonic()))
+            finally:
+                os._exit(128 + number)

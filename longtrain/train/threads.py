@@ -18,11 +18,16 @@ Answer = TypeVar("Answer")
 def in_threads(action: Callable[[Item], Answer], items: Iterable[Item], most: int = THREADS) -> list[Answer]:
     """What `action` makes of every item, in their order; up to `most` at a time, and no more than there are cores.
 
-    Raises what the first item that failed raised; what had not begun by then never does. One at a time runs in this thread.
+    Raises what the first item that failed raised; what had not begun by then never does. One at a time runs in this thread, as all
+    do where a limit on processes leaves no other.
     """
     items = list(items)
     workers = min(most, usable_cores(), len(items))
     if workers <= 1:
         return [action(item) for item in items]
     with ThreadPoolExecutor(workers, "checkpoint") as pool:
+        try:
+            pool.submit(lambda: None)
+        except RuntimeError:
+            return [action(item) for item in items]
         return list(pool.map(action, items))

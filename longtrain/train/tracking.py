@@ -14,12 +14,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard, get_type_hints
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from longtrain.errors import CheckpointError
+from longtrain.train.checkpoint_folder import set_aside
 from longtrain.train.metrics import Metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -29,6 +30,7 @@ PATIENCE = 60.0
 """Seconds that the end of a run waits for a tracker in the background."""
 # what newer versions added has a default, so that a run of an older version can go on
 _KEYS = {field.name for field in fields(Metrics) if field.default is MISSING}
+_COUNTS = {name for name, kind in get_type_hints(Metrics).items() if kind is int}
 
 
 class Tracker(Protocol):
@@ -55,6 +57,7 @@ class JsonLines(Tracker):
 
     What the disk does not take, because it is full, waits in memory and is written, in order, when that is possible again: no
     report ends training. complain: tells people that, and at the end which reports are lost. waiting: reports that wait at most.
+    A file that is damaged or foreign is kept under another name, and a new one begun; that is told too.
     """
 
     def __init__(
@@ -62,13 +65,13 @@ class JsonLines(Tracker):
     ) -> None:
         """Goes on after `resumed_step`: later lines, of steps that will be done again, and a torn last line are dropped.
 
-        Raises OSError where the file cannot be opened, CheckpointError as `read_metrics`.
+        Raises OSError where the file cannot be opened.
         """
         self._path, self._complain, self._most = path, complain or say_on_stderr, waiting
         self._waiting: deque[tuple[int, bytes]] = deque()
         self._lost: list[int] = []
         self._failed: OSError | None = None
-        self._size = _size_until(path, resumed_step)
+        self._size = self._size_until(resumed_step)
         self._file = path.open("ab", buffering=0)
         self._write()
 
@@ -86,7 +89,11 @@ class JsonLines(Tracker):
     def go_back(self, step: int) -> None:
         self._waiting = deque(row for row in self._waiting if row[0] <= step)
         self._lost = [lost for lost in self._lost if lost <= step]
-        self._size = min(self._size, _size_until(self._path, step))
+        self._size = min(self._size, self._size_until(step))
+        # perhaps another one now
+        before, self._file = self._file, self._path.open("ab", buffering=0)
+        with suppress(OSError):
+            before.close()
         self._write()
 
     def close(self) -> None:
@@ -97,6 +104,20 @@ class JsonLines(Tracker):
             self._complain(f"ERROR: {self._path}{reason}: the reports of {_steps(lost)} are lost")
         with suppress(OSError):
             self._file.close()
+
+    def _size_until(self, step: int) -> int:
+        """Bytes of the whole lines before the first report of a later step; 0 where the file had to be set aside."""
+        try:
+            rows = read_metrics(self._path)
+        except CheckpointError as error:
+            self._complain(f"WARNING: {error}. It is now {set_aside(self._path).name}, and reports go on in a new file")
+            return 0
+        size = 0
+        for line, row in zip(_whole_lines(self._path), rows, strict=True):
+            if row["step"] > step:
+                break
+            size += len(line) + 1
+        return size
 
     def _write(self) -> None:
         """Writes what waits, as far as the disk takes it."""
@@ -320,32 +341,44 @@ def short_summary(metrics: Metrics) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The reports of a run so far, keys as in `Metrics`; nothing where there is no file. A torn last line is left out.
 
-    Raises CheckpointError where another line is no report.
+    Raises CheckpointError where another line is no report, or not of a later step than the one before.
     """
     rows: list[dict[str, Any]] = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
+    for number, line in enumerate(_whole_lines(path), 1):
+        row: Any = None
+        with suppress(ValueError):
             row = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            row = None
-        if not isinstance(row, dict) or not row.keys() >= _KEYS:
-            raise CheckpointError(f"{path}:{number}: is no report of a run; the file is damaged or foreign, move it away")
+        # a wrong step would cut off at the next start what comes after it
+        if not _is_report(row) or (rows and row["step"] <= rows[-1]["step"]):
+            raise CheckpointError(
+                f"{path}:{number}: is no report of a run, or not of a later step than the line before; the file is damaged or "
+                "foreign: remove that line, or move it away"
+            )
         rows.append(row)
     return rows
 
 
-def _size_until(path: Path, step: int) -> int:
-    """Bytes of the whole lines before the first report of a later step."""
-    size, lines = 0, path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    # a torn last line is no row
-    for line, row in zip(lines, read_metrics(path), strict=False):
-        if row["step"] > step or not line.endswith(b"\n"):
-            break
-        size += len(line)
-    return size
+def _whole_lines(path: Path) -> list[bytes]:
+    """Without their ends; a last one that is torn has none."""
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def _is_report(row: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether it has what every report has, and what it has is of the kind that `Metrics` says; a null was not finite."""
+    if not isinstance(row, dict) or not row.keys() >= _KEYS:
+        return False
+    known = {field.name: row[field.name] for field in fields(Metrics) if field.name in row}
+    spans = known.pop("eval_by_position", None)
+    if not all(isinstance(value, int if name in _COUNTS else int | float | None) for name, value in known.items()):
+        return False
+    return spans is None or (isinstance(spans, list) and all(map(_is_span, spans)))
+
+
+def _is_span(span: Any) -> bool:
+    match span:
+        case [int(), int(), int() | float() | None, int()]:
+            return True
+    return False
 
 
 def _steps(steps: Sequence[int]) -> str:

@@ -2,18 +2,18 @@
 
 A rank that waits in a collective for a slow one is not stuck. So the ranks count their signs of life together, in the store through
 which they met, and a rank gives up when neither it nor any other has given one for too long. No collective is run here, and none is
-waited for: the threads work while the main one is inside one. The store and the disk, which may hang too, have a thread of their
-own.
+waited for: the threads work while the main one is inside one. The store, the disk and stderr, which may hang too, have threads of
+their own.
 """
 
 from __future__ import annotations
 
-import faulthandler
 import math
 import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,13 +23,16 @@ from typing import Any
 import torch.distributed as dist
 
 from longtrain.parallel.context import ParallelContext
+from longtrain.train.signals import LAST_WORDS, beside
+from longtrain.train.tracking import say_on_stderr
 
 STUCK = 70
 """Exit code of a process that was stuck: EX_SOFTWARE of sysexits.h."""
 STACKS = "stacks"
 """Folder in the run's for the stacks of stuck ranks."""
 GRACE = 10.0
-"""Seconds that a stuck rank waits for the stacks of all to be written."""
+"""Seconds that a stuck rank waits for the stacks of all to be written and, in the last LAST_WORDS of them, for its words to be
+taken."""
 LOOKS = 10
 """How many times the watchdog looks in the time that it is given."""
 SLOW = 4
@@ -131,11 +134,9 @@ class Watchdog:
     def _saved_bytes(self) -> int:
         """Of this rank, in a checkpoint that is being written."""
         total = 0
-        for path in self._folder.glob(f"checkpoints/step-*.tmp/rank-{self._rank:05d}*"):
-            try:
+        with suppress(OSError):  # what is measured is renamed meanwhile, when it is whole
+            for path in self._folder.glob(f"checkpoints/step-*.tmp/rank-{self._rank:05d}*"):
                 total += path.stat().st_size
-            except OSError:
-                continue
         return total
 
     def _end(self, silent: float) -> None:
@@ -145,15 +146,15 @@ class Watchdog:
         reason = "another rank found all stuck" if self._others_end else f"no sign of life from any rank for {silent:.1f} s"
         headline = f"rank {self._rank}: stuck at step {step}, {phase}: {reason}"
         ending = f"ending with exit code {STUCK}; the same command goes on from the newest checkpoint"
-        print(f"{headline}; stacks of its threads: {path}; {ending}", file=sys.stderr, flush=True)
-        write = threading.Thread(target=_write_stacks, args=(path, headline), daemon=True)
-        write.start()
-        farewell = threading.Thread(target=self._farewell, args=(write,), daemon=True)
-        farewell.start()
-        farewell.join(GRACE)
-        if write.is_alive():  # the disk may be what all wait for
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        os._exit(STUCK)
+        try:
+            said = beside(lambda: say_on_stderr(f"{headline}; stacks of its threads: {path}; {ending}"))
+            write = beside(lambda: _write_stacks(path, headline))
+            beside(lambda: self._farewell(write)).join(GRACE - LAST_WORDS)
+            if write.is_alive():  # the disk may be what all wait for
+                said = beside(lambda: say_on_stderr(_stacks()))
+            said.join(LAST_WORDS)
+        finally:
+            os._exit(STUCK)
 
     def _farewell(self, write: threading.Thread) -> None:
         """Tells the other ranks, and waits until the stacks of all are written."""
@@ -173,10 +174,23 @@ class Watchdog:
 def _write_stacks(path: Path, headline: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            file.write(f"{headline}\n\n")
+        with path.open("w", errors="backslashreplace") as file:
+            file.write(f"{headline}\n\n{_stacks()}")
             file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
             os.fsync(file.fileno())
     except OSError:
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        say_on_stderr(_stacks())
+
+
+def _stacks() -> str:
+    """Of all threads, the innermost call first.
+
+    Not by faulthandler, which writes while it holds the interpreter: where nobody reads, or a disk hangs, all threads would stop.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines = []
+    for number, frame in sys._current_frames().items():
+        lines.append(f"Thread {names.get(number, number)}:")
+        for inner, line in traceback.walk_stack(frame):
+            lines.append(f'  File "{inner.f_code.co_filename}", line {line} in {inner.f_code.co_name}')
+    return "\n".join(lines) + "\n"

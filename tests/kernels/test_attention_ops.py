@@ -187,6 +187,19 @@ def test_handles_stand_for_instances() -> None:
         ops.kernel_of("nobody")
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dtypes_that_no_kernel_computes_with(compiled: bool) -> None:
+    """Refused before any kernel, by the name of the tensor: plain torch would compute."""
+    attend = LocalAttend(MemoryEfficientKernel(8, 16))
+    call: Any = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    t = CASES["causal"].tensors(torch.float32)
+    q, k, v, mask = t.q, t.k, t.v, t.mask
+    with pytest.raises(KernelError, match=r"attention: q is torch.int32, must be torch.float16, torch.bfloat16, torch.float32 or"):
+        call(q.int(), k.int(), v.int(), mask)
+    with pytest.raises(KernelError, match=r"attention: q is torch.float32, k torch.float64, v torch.float32: give them one dtype"):
+        call(q, k.double(), v, mask)
+
+
 def test_without_gradients() -> None:
     t = CASES["everything"].tensors(torch.float32)
     compiled = torch.compile(LocalAttend(REFERENCE), fullgraph=True, backend="aot_eager")

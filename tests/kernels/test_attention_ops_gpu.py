@@ -13,6 +13,7 @@ from longtrain.attention import AttentionMask, AttentionSpec, Band
 from longtrain.kernels.flash import FlashKernel
 from longtrain.kernels.layers import choose_layers, fusable
 from longtrain.kernels.local import LocalAttend
+from longtrain.kernels.one_call import attention
 from longtrain.models import Decoder, ModelConfig, initialise
 from tests.attention_cases import Case, boundaries, segments
 from tests.parity import assert_close_to_truth, assert_results_close, naive_attention, results
@@ -94,3 +95,18 @@ def test_compiled_attention_is_eager_attention(case: Case) -> None:
     exact = case.in_dtype(t, torch.float32)
     truth = results(naive_attention, exact[:3], exact.mask, exact.spec, exact.dout, exact.dlse)
     assert_results_close(compiled, truth, eager)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+def test_one_call_is_one_graph_for_all_lengths(kernel: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(attention, fullgraph=True)
+    for at, length in enumerate((333, 500, 801)):
+        case = Case(Band.causal(100), length, None, 2, 4, 2, 64, q_documents=((200, 1, length - 201), (length,)))
+        t = case.tensors(torch.bfloat16, "cuda")
+        q, k, v = (x.requires_grad_() for x in (t.q, t.k, t.v))
+        with torch.compiler.set_stance("fail_on_recompile" if at > 1 else "default"):
+            found, expected = (call(q, k, v, t.mask, t.spec, kernel=kernel) for call in (compiled, attention))
+            grads = [torch.autograd.grad(out, (q, k, v), t.dout) for out in (found, expected)]
+        assert torch.equal(found, expected)
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))

@@ -290,3 +290,16 @@ def test_an_elastic_restart_on_two_hosts_goes_on() -> None:
         assert [talker.returncode, silent.returncode] == [0, 0], said
     assert "resuming run/checkpoints/step-" in "".join(said)
     assert complete(Path("run", CHECKPOINTS))[-1].name == "step-00000060"
+
+
+@pytest.mark.faults
+@pytest.mark.usefixtures("fresh")
+def test_ranks_whose_torchrun_was_killed_save_and_end() -> None:
+    with _torchrun("--set", "training.steps=1000000", "--set", "checkpoint.every=1000000") as process:
+        _read_until(process, "step 2/")
+        process.kill()
+        said = process.communicate(timeout=60)[0]  # until the last rank has closed it
+    assert "torchrun is gone: stopping after this step, with a checkpoint" in said
+    assert "WARNING: torchrun is gone, or its host" in said
+    step = int(said.split("stopped at step ")[1].split(",")[0])
+    assert damage(Path("run", CHECKPOINTS, f"step-{step:08d}")) == []

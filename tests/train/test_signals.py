@@ -35,6 +35,7 @@ from longtrain.train.run import run_training
 from longtrain.train.signals import SAME, SIGNALS, STOPPED, StopSignals
 from tests.distributed import run_ranks
 from tests.tiny import TEXT, tiny_recipe, write_corpus
+from tests.unread import full_pipe
 
 STEPS, WORLD = 6, 2
 # what is interrupted, at which call of it (those of the start-up probe count), and the step after which all ranks stop
@@ -290,6 +291,49 @@ def test_the_second_one_ends_a_blocked_process(number: signal.Signals) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=10)[0] == "last words\n"
         assert process.returncode == 128 + signal.SIGTERM
+
+
+UNREAD = """
+import sys, threading
+from longtrain.train.signals import StopSignals
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+def refuse(thread):
+    raise RuntimeError("can't start new thread")
+
+with StopSignals(say, lambda: say("last words")) as stop:
+    if sys.argv[1] == "no more threads":
+        threading.Thread.start = refuse
+    print("ready", flush=True)
+    while not stop.asked():
+        threading.Event().wait(0.01)
+    print("asked", flush=True)
+    print("held back")
+    say("what training says")
+"""
+
+
+@pytest.mark.parametrize(("also", "rest"), [("", "held back\n"), ("no more threads", "")])
+def test_the_second_one_ends_a_process_whose_words_nobody_reads(also: str, rest: str) -> None:
+    command = [sys.executable, "-c", UNREAD, also]
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    with (
+        full_pipe() as stderr,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=buffered) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == "asked\n"
+        time.sleep(SAME + 0.1)
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.communicate(timeout=30)[0] == rest
+            assert process.returncode == 128 + signal.SIGTERM
+        finally:
+            process.kill()
 
 
 def test_outside_everything_is_as_before() -> None:

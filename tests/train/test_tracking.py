@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from longtrain.errors import CheckpointError
+from longtrain.evaluate.report import summary as run_summary
 from longtrain.models.flops import Flops
 from longtrain.train.metrics import Metrics, peak_memory_gib, scalars, utilisation
 from longtrain.train.tracking import (
@@ -90,12 +91,80 @@ def test_resume_drops_what_will_be_done_again_and_a_torn_line(tmp_path: Path, to
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("content", ["no report\n{}\n", "{}\n", '{"step": 1}\n', "[1]\n", "3\n"])
-def test_foreign_metrics_are_refused(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "metrics.jsonl"
+def written(**changes: object) -> str:
+    """The line of a report with other values."""
+    return json.dumps(asdict(REPORT) | changes) + "\n"
+
+
+FOREIGN = {
+    "text": "no report\n{}\n",
+    "nothing": "{}\n",
+    "too little": '{"step": 1}\n',
+    "a list": "[1]\n",
+    "a number": "3\n",
+    "no step": written(step=None),
+    "part of a step": written(step=1.5),
+    "a loss in words": written(loss="2.5"),
+    "spans in words": written(eval_by_position="none"),
+    "a span of five": written(eval_by_position=[[0, 15, 3, 5, 4]]),
+    "a span without an end": written(eval_by_position=[[0, None, 3.5, 4]]),
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_foreign_metrics_are_refused_and_a_run_sets_them_aside(tmp_path: Path, content: str) -> None:
+    path, said = tmp_path / METRICS_FILE, list[str]()
     path.write_text(content)
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1: is no report of a run"):
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:1: is no report of a run") as refused:
         read_metrics(path)
+    lines = JsonLines(path, 1, said.append)
+    lines.log(replace(REPORT, step=2))
+    lines.close()
+    assert said == [f"WARNING: {refused.value}. It is now metrics.jsonl.damaged, and reports go on in a new file"]
+    assert [row["step"] for row in read_metrics(path)] == [2]
+    assert (tmp_path / "metrics.jsonl.damaged").read_text() == content
+
+
+def test_one_flipped_bit_never_ends_a_run(tmp_path: Path) -> None:
+    path, said = tmp_path / METRICS_FILE, list[str]()
+    spans = ((0, 15, 3.5, 4), (16, 31, 2.5, 4))
+    whole = "".join(json.dumps(asdict(replace(REPORT, step=step, eval_by_position=spans))) + "\n" for step in (1, 2)).encode()
+    # every eleventh: with all of them none fails either
+    for bit in range(0, 8 * len(whole), 11):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        JsonLines(path, 2, said.append).close()
+        rows = read_metrics(path)
+        aside = list(tmp_path.glob("*.damaged"))
+        assert (len(aside), bool(rows)) in ((0, True), (1, False)), "what it had is there, or it was set aside"
+        if rows:
+            run_summary(rows)
+        for file in aside:
+            assert file.read_bytes() == flipped
+            file.unlink()
+
+
+def test_steps_out_of_order_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / METRICS_FILE
+    path.write_text(written(step=1) + written(step=7) + written(step=3))
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl:3: .* not of a later step than the line before"):
+        read_metrics(path)
+
+
+def test_going_back_sets_a_damaged_file_aside(tmp_path: Path) -> None:
+    path, said = tmp_path / METRICS_FILE, list[str]()
+    lines = JsonLines(path, 0, said.append)
+    for report in reports(3):
+        lines.log(report)
+    damaged = path.read_bytes().replace(b"loss", b"lozs", 1)
+    path.write_bytes(damaged)
+    lines.go_back(2)
+    lines.log(replace(REPORT, step=3, loss=9.0))
+    lines.close()
+    assert [text.split(":")[:3] for text in said] == [["WARNING", f" {path}", "1"]]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
+    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(3, 9.0)]
 
 
 def test_no_file_is_no_report(tmp_path: Path) -> None:

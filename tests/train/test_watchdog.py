@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -32,6 +33,7 @@ from longtrain.train.watchdog import GRACE, LOOKS, STACKS, STUCK, Watchdog, long
 from tests.distributed import run_ranks, start_ranks
 from tests.one_rank import OneRank
 from tests.tiny import tiny_recipe, write_corpus
+from tests.unread import full_pipe
 
 SECONDS = 2.0
 WITHIN = SECONDS * (1 + 3 / LOOKS) + GRACE
@@ -152,10 +154,66 @@ def test_the_first_step_has_no_longer_than_a_collective(tmp_path: Path) -> None:
     assert len(list((tmp_path / "run" / STACKS).iterdir())) == 2
 
 
+def _stuck(ctx: ParallelContext, folder: str, what: str) -> None:
+    """At the first step, on one rank. what: of the machine does not go on either."""
+    if what == "the disk":
+        stacks = Path(folder, STACKS)
+        stacks.mkdir(parents=True)
+        os.mkfifo(stacks / "step-00000001-rank-00000.txt")  # opening it waits for a reader
+        watchdog_module.GRACE, watchdog_module.LAST_WORDS = 60.5, 60.0
+    with (
+        full_pipe() as pipe,
+        open(pipe if what == "stderr" else f"{folder}-said", "w") as stderr,
+        redirect_stderr(stderr),
+        Watchdog(ctx, Path(folder), 0.1) as watchdog,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        if what == "the system":
+            patch.setattr(threading.Thread, "start", _refuse)
+        watchdog.beat(1, "data")
+        print("a report", file=sys.stderr, flush=True)  # where nobody reads, this is what the rank is stuck in
+        threading.Event().wait()
+
+
+def _refuse(thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize("what", ["stderr", "the disk", "the system"])
+def test_it_ends_whatever_else_is_stuck(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "run"
+    with start_ranks(_stuck, 1, str(folder), what) as ranks:
+        ranks.processes[0].join(60)
+        assert ranks.processes[0].exitcode == STUCK
+    if what == "the system":
+        return
+    told = folder / STACKS / "step-00000001-rank-00000.txt" if what == "stderr" else Path(f"{folder}-said")
+    assert "rank 0: stuck at step 1, data: no sign of life from any rank for " in told.read_text()
+    assert "Thread MainThread:\n" in told.read_text()
+    assert " in _stuck\n" in told.read_text()
+
+
+def test_a_checkpoint_that_is_renamed_while_it_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = threading.Semaphore(0)
+
+    def renamed(path: Path, pattern: str) -> Any:
+        looks.release()
+        raise FileNotFoundError(path / pattern)
+
+    monkeypatch.setattr(Path, "glob", renamed)
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    with Watchdog(OneRank().ctx, tmp_path, 2.0) as watchdog:
+        watchdog.beat(1, "save")
+        for _ in range(2):  # the thread that looks lives on
+            assert looks.acquire(timeout=30)
+            watchdog.alive()
+
+
 def test_alone_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    monkeypatch.setattr(watchdog_module, "GRACE", 0.1)
+    monkeypatch.setattr(watchdog_module, "GRACE", 0.3)
+    monkeypatch.setattr(watchdog_module, "LAST_WORDS", 0.1)
     with Watchdog(OneRank().ctx, tmp_path, None):
         time.sleep(0.3)
     with Watchdog(OneRank().ctx, tmp_path, 0.5) as watchdog:
