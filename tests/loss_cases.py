@@ -15,7 +15,8 @@ from tests.parity import assert_close_to_truth
 
 @dataclass(frozen=True)
 class LossCase:
-    """ignored: every so-manyeth label bears no loss, 0: none, 1: all. scale: standard deviation of the logits."""
+    """ignored: every so-manyeth label bears no loss, 0: none, 1: all. scale: standard deviation of the logits. far: above 0, the
+    logit of every label is -far, and that of another entry is far; needs twice as many entries as tokens."""
 
     tokens: int
     hidden: int
@@ -25,6 +26,7 @@ class LossCase:
     label_smoothing: float = 0.0
     ignored: int = 3
     scale: float = 1.0
+    far: float = 0.0
 
     @property
     def options(self) -> dict[str, float | None]:
@@ -35,6 +37,11 @@ class LossCase:
         hidden = torch.randn(self.tokens, self.hidden, device=device)
         weight = torch.randn(self.vocabulary, self.hidden, device=device) * (self.scale / self.hidden**0.5)
         labels = torch.randint(self.vocabulary, (self.tokens,), device=device)
+        if self.far:
+            hidden = hidden / hidden.square().mean(-1, keepdim=True).sqrt()
+            labels = torch.arange(self.tokens, device=device)
+            weight[: self.tokens] = hidden * (-self.far / self.hidden)
+            weight[-self.tokens :] = hidden * (self.far / self.hidden)
         if self.ignored:
             labels[:: self.ignored] = -100
         return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels

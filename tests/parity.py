@@ -10,6 +10,7 @@ from torch import Tensor
 from longtrain.attention.dropout import keep_mask
 from longtrain.attention.mask import AttentionMask
 from longtrain.attention.spec import AttentionSpec
+from longtrain.batch import PADDING
 
 Attention = Callable[[Tensor, Tensor, Tensor, AttentionMask, AttentionSpec], tuple[Tensor, Tensor]]
 """(q, k, v, mask, spec) -> (out, lse), differentiable: `naive_attention`, `LocalAttend(kernel).with_lse`, a simulated ring."""
@@ -71,7 +72,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, spec: 
     seen = seen[None, None]
     if mask.q_segments is not None and mask.k_segments is not None:
         documents, other = mask.q_segments[:, None, :, None], mask.k_segments[:, None, None, :]
-        seen = seen & (documents == other) & (documents >= 0)
+        seen = seen & (documents == other) & (documents != PADDING)
     scores = scores.masked_fill(~seen, -torch.inf)
     if spec.sinks is not None:
         sinks = spec.sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)

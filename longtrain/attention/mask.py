@@ -11,6 +11,9 @@ from torch import Tensor
 from longtrain.attention.layout import Chunk
 from longtrain.batch import PADDING, Batch
 
+LAST_DOCUMENT = 2**31 - 2
+"""The greatest number of a document: kernels mark with the next one where there is none."""
+
 
 class Cover(Enum):
     """How much of a rectangle of (query, key) pairs a band lets through."""
@@ -104,10 +107,13 @@ def _triangle(n: int) -> int:
 class AttentionMask:
     """A band, and the document of every query and key. It always describes the whole sequence; a ring cuts its own part.
 
-    q_segments [B, Tq], k_segments [B, Tk]: int32; tokens see each other only where their segments are equal and not PADDING (-1).
-    Both are None where every token is of one document. boundaries: as in `Batch`, on the host, only for self attention; with them
-    a ring skips exchanges that no document needs, and kernels know that documents are runs. They promise that segments ascend along
-    a row, padding last, which is checked where segments are on a CPU. Without them nothing is skipped.
+    q_segments [B, Tq], k_segments [B, Tk]: int32, documents numbered from 0 to LAST_DOCUMENT in any order, or PADDING (-1); tokens
+    see each other only where their segments are equal and not PADDING. Other numbers mean nothing, and are refused where segments
+    are on a CPU. Both are None where every token is of one document.
+
+    boundaries: as in `Batch`, on the host, only for self attention; with them a ring skips exchanges that no document needs, and
+    kernels know that documents are runs. They promise that segments ascend along a row, padding last, which is checked where
+    segments are on a CPU. Without them nothing is skipped.
     """
 
     band: Band
@@ -120,8 +126,16 @@ class AttentionMask:
             raise ValueError("give segments for both queries and keys, or for neither")
         if self.boundaries is not None and (self.q_segments is None or self.q_segments is not self.k_segments):
             raise ValueError("boundaries tell where the documents of self attention lie: give them with one tensor of segments")
-        # on a GPU the answer would have to be waited for
-        if self.boundaries is not None and self.q_segments is not None and self.q_segments.device.type == "cpu":
+        both = (self.q_segments,) if self.k_segments is self.q_segments else (self.q_segments, self.k_segments)
+        for segments in both:
+            if segments is not None and _readable(segments) and segments.numel():
+                least, most = (int(x) for x in segments.aminmax())
+                if least < PADDING or most > LAST_DOCUMENT:
+                    raise ValueError(
+                        f"a segment of {least if least < PADDING else most}: documents have numbers from 0 to {LAST_DOCUMENT}, "
+                        f"padding is {PADDING}"
+                    )
+        if self.boundaries is not None and self.q_segments is not None and _readable(self.q_segments):
             documents = self.q_segments.masked_fill(self.q_segments == PADDING, torch.iinfo(self.q_segments.dtype).max)
             if (documents[:, 1:] < documents[:, :-1]).any():
                 raise ValueError(
@@ -149,6 +163,11 @@ class AttentionMask:
     def dense(self, queries: int, keys: int, device: torch.device | None = None) -> Tensor:
         """bool [1 or B, queries, keys]."""
         return visible(self.band, queries, keys, self.q_segments, self.k_segments, device)
+
+
+def _readable(segments: Tensor) -> bool:
+    """A GPU's answer would have to be waited for, and what is being compiled has none."""
+    return segments.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def visible(

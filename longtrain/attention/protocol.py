@@ -26,9 +26,9 @@ PLAIN = AttentionSpec()
 class Block:
     """One rectangle of (query, key) pairs: a band in local indices, documents, and where the rows and columns lie globally.
 
-    q_segments [B, Tq], k_segments [B, Tk]: int32, of any strides, or both None. Row i is global position q_start + stride * i,
-    column j is k_start + stride * j: ALiBi and dropout read these, so that they are the same in any ring. runs: segments ascend
-    along both, padding last, so that what a row sees of its document is an interval.
+    q_segments [B, Tq], k_segments [B, Tk]: as in `AttentionMask`, of any strides, or both None. Row i is global position
+    q_start + stride * i, column j is k_start + stride * j: ALiBi and dropout read these, so that they are the same in any ring.
+    runs: segments ascend along both, padding last, so that what a row sees of its document is an interval.
     """
 
     band: Band

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import inf, isfinite
 
 import torch
 from torch import Tensor
@@ -12,8 +13,9 @@ from torch import Tensor
 class AttentionSpec:
     """Score modifiers, applied in this order: scale, soft-cap, ALiBi, bias; dropout falls on the probabilities.
 
-    scale: None is 1 / sqrt(D). softcap: scores become cap * tanh(score / cap) (Gemma 2). alibi_slopes: fp32 [H], adds
-    -slope * |query position - key position| (Press et al. 2022). bias: broadcastable to [B, H, Tq, Tk], may require gradients.
+    scale: finite, None is 1 / sqrt(D). softcap: finite, scores become cap * tanh(score / cap) (Gemma 2). alibi_slopes: fp32 [H],
+    adds -slope * |query position - key position| (Press et al. 2022). bias: floats broadcastable to [B, H, Tq, Tk], of which -inf
+    hides a key; may require gradients.
     dropout: probability of dropping, in [0, 1); dropout_seed: int64 [B], one a row, so that the mask is a function of the sequence
     and of the positions alone (`attention.dropout`).
     sinks: [H], any float dtype, may require gradients: one more score a row, of a key whose value is 0, so that a head can look at
@@ -30,8 +32,10 @@ class AttentionSpec:
     sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap {self.softcap} must be above 0")
+        if self.scale is not None and not isfinite(self.scale):
+            raise ValueError(f"scale {self.scale} must be finite, or None for 1 / sqrt(D)")
+        if self.softcap is not None and not 0 < self.softcap < inf:
+            raise ValueError(f"softcap {self.softcap} must be above 0 and finite, or None for none")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must be in [0, 1)")
         if self.dropout and self.dropout_seed is None:

@@ -9,7 +9,8 @@ Why this order, by arithmetic for an H100 (3 TB/s, 700 TFLOP/s, bf16; 8K tokens,
 products). This one: 10 bytes a logit beside the products 3.6 ms, sums of dx 0.4, scaling and rounding dW 1.1: 43 ms expected.
 Chunks of 2048 tokens with fp32 logits: dW (2 GiB) read and written by each, up to 5 ms more; of 1024, 11 ms. Recomputed logits
 (Wijmans et al. 2024, Cut Cross-Entropy): 12.6 ms more for the fourth product. bf16 logits (Hsu et al. 2024, Liger Kernel) are
-smaller but wrong by up to 0.03 at 10; scores below the maximum round to a relative 2^-12 a unit, where probability is.
+smaller but wrong by up to 0.03 at 10; scores below the maximum round to a relative 2^-12 a unit, where probability is. The label's
+score stays fp32: its gradient is large wherever it lies, also where a soft-cap saturates.
 
 Legend: i_ program index, o_ offset, m_ mask, p_ pointer, b_ block of values, s_ stride of rows; rows are tokens, columns vocabulary
 entries, padded so that rows start aligned. Statistics are [blocks of columns, rows].
@@ -71,8 +72,8 @@ def scores_kernel(
 
 @jit(do_not_specialize=DYNAMIC)
 def dlogits_kernel(
-    p_scores, p_dlogits, p_labels, p_maxima, p_lse, s_scores, rows, first, column, columns, padded, softcap, z_loss, hit, spread,
-    SOFTCAP: constexpr, SMOOTH: constexpr, BLOCK: constexpr,
+    p_scores, p_dlogits, p_labels, p_maxima, p_lse, p_targets, s_scores, rows, first, column, columns, padded, softcap, z_loss,
+    hit, spread, SOFTCAP: constexpr, SMOOTH: constexpr, BLOCK: constexpr,
 ):  # fmt: skip
     """(softmax (1 + 2 z_loss lse) - hit [label] - spread) times the soft-cap's slope, 0 in rows without loss. May be in place."""
     i_r, i_b = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -89,7 +90,8 @@ def dlogits_kernel(
     o_l = tl.where((o_l >= 0) & (o_l < columns), o_l, -1).to(tl.int32)
     b_g = tl.where(o_c == o_l, b_g - hit, b_g)
     if SOFTCAP:
-        b_t = (b_d + maximum) / softcap
+        # 1 - t^2 cancels near the cap: from a score of 16 bits the label's slope could be wrong by tens of per cent
+        b_t = tl.where(o_c == o_l, tl.load(p_targets + i_r), b_d + maximum) / softcap
         b_g *= 1.0 - b_t * b_t
     b_g = tl.where((o_c < columns) & (label != IGNORED), b_g, 0.0)
     tl.store(p_dlogits + i_r * s_scores + o_c, b_g.to(p_dlogits.dtype.element_ty), mask=m_c)
@@ -346,8 +348,8 @@ class _Panel:
             dlogits = scratch[: kept.numel()].view_as(kept) if self.inside else kept.view(dtype)
             programs = -(-(end - begin) // problem.columns)
             dlogits_kernel[(len(self.x), programs)](
-                kept, dlogits, self.labels, self.maxima, lse, kept.stride(0), len(self.x), first, begin, end - begin, kept.shape[1],
-                softcap, z_loss, 1 - smoothing, smoothing / problem.vocabulary, **self.constants,
+                kept, dlogits, self.labels, self.maxima, lse, self.targets, kept.stride(0), len(self.x), first, begin, end - begin,
+                kept.shape[1], softcap, z_loss, 1 - smoothing, smoothing / problem.vocabulary, **self.constants,
             )  # fmt: skip
             first += programs
             dlogits = dlogits[:, : end - begin]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longtrain.errors import KernelError
 from longtrain.kernels.language import constexpr, jit, tl
-from longtrain.kernels.operators import differentiable, on_device, rows_of
+from longtrain.kernels.operators import DTYPES, differentiable, on_device, rows_of
 from longtrain.kernels.plain import ACTIVATIONS
 
 
@@ -98,7 +98,7 @@ def _flat(*tensors: Tensor) -> tuple[int, int, list[Tensor], list[int]]:
 
 
 def _forward_launch(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    if gate.shape != up.shape or torch.float64 in (gate.dtype, up.dtype):
+    if gate.shape != up.shape or gate.dtype not in DTYPES or up.dtype not in DTYPES:
         described = f"{tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
         raise KernelError(f"fused gated layer: gate and up are {described}: they must be of one shape, and fp16, bf16 or fp32")
     out = _forward_fake(gate, up, activation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -83,9 +84,11 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, softca
     if hidden.dtype != weight.dtype or labels.dtype != torch.int64:
         given = f"{hidden.dtype}, {weight.dtype} and {labels.dtype}"
         raise KernelError(f"linear_cross_entropy takes hidden and weight of one dtype and int64 labels, not {given}")
-    if z_loss < 0 or (softcap is not None and softcap <= 0) or not 0 <= smoothing < 1:
-        given = f"{z_loss}, {softcap} and {smoothing}"
-        raise KernelError(f"z_loss must be at least 0, softcap above 0 or None, label_smoothing in [0, 1), not {given}")
+    if hidden.dtype not in (*DTYPES, torch.float64):
+        raise KernelError(f"linear_cross_entropy computes in fp16, bf16, fp32 and fp64, not in {hidden.dtype}")
+    if not (0 <= z_loss < inf and 0 <= smoothing < 1) or not (softcap is None or 0 < softcap < inf):
+        given = f"not {z_loss}, {softcap} and {smoothing}"
+        raise KernelError(f"z_loss must be in [0, inf), softcap in (0, inf) or None, label_smoothing in [0, 1), {given}")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -160,7 +163,7 @@ def _plain_parts(hidden: Tensor, weight: Tensor, labels: Tensor, terms: Terms, c
         loss += part
         dlogits = dlogits.to(matrix.dtype)
         if need_dx:
-            dx[rows] = dlogits @ matrix
+            dx[rows] = product(dlogits, matrix, matrix.dtype)
         if need_dw:
             product_(dw, dlogits.t(), x, add=True)
     return Parts(loss, dx, dw, dw.new_empty(0, dw.shape[1]))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longtrain.errors import KernelError
 from longtrain.kernels.language import constexpr, jit, tl
-from longtrain.kernels.operators import differentiable, on_device, padded, processors, rows_of
+from longtrain.kernels.operators import DTYPES, differentiable, on_device, padded, processors, rows_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ TUNING = {"forward": Tuning(16, 2048), "backward": Tuning(8, 2048, resident=32, 
 """Forward: two 16-byte loads of bf16 a thread and tensor. Backward: sums of the parameters' gradients cost registers, so a thread
 holds half of that; two programs of 16 warps a multiprocessor, whose next rows travel to shared memory meanwhile, have 64 KiB of
 loads under way. `python -m benchmarks.layers --tune` measures others."""
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDEST = 16384
 MOST_WARPS = 16
 SHARED = 48 * 2**10
@@ -177,7 +176,7 @@ def add_rms_norm(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """`plain.layer_norm` in one pass; keeps x and two fp32 a row."""
+    """`plain.layer_norm` in one pass; keeps x and two fp32 a row. bias: of weight's shape and dtype, as torch wants it."""
     return _norm(x, weight, bias, eps, True)[0]
 
 
@@ -194,28 +193,35 @@ def _shape(tuning: Tuning, width: int) -> dict[str, int]:
     return {"C": width, "BLOCK_R": tile // block, "BLOCK_C": block, "num_warps": warps}
 
 
-def _check(x: Tensor, weight: Tensor, branch: Tensor | None) -> None:
-    if x.dtype not in DTYPES:
-        raise KernelError(f"fused norms compute in fp16, bf16 and fp32, not in {x.dtype}: leave norm out of the fused layers")
+def _check(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+    for given in (x, branch, weight):
+        if given is not None and given.dtype not in DTYPES:
+            raise KernelError(
+                f"fused norms compute in fp16, bf16 and fp32, not in {given.dtype}: leave norm out of the fused layers"
+            )
     if weight.shape != x.shape[-1:] or not 0 < weight.shape[0] <= WIDEST:
         raise KernelError(f"fused norms: x {tuple(x.shape)}, weight {tuple(weight.shape)}: one weight a feature, up to {WIDEST}")
     if branch is not None and branch.shape != x.shape:
         raise KernelError(f"fused norms: x {tuple(x.shape)} and what is added, {tuple(branch.shape)}, must be of one shape")
+    if bias is not None and (bias.shape, bias.dtype) != (weight.shape, weight.dtype):
+        described = f"weight {tuple(weight.shape)} {weight.dtype}, bias {tuple(bias.shape)} {bias.dtype}"
+        raise KernelError(f"fused norms: {described}: both must be of one shape and dtype")
 
 
 def _forward(
     x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    _check(x, weight, branch)
+    _check(x, branch, weight, bias)
     y, total, stats = _results(x, branch, weight, centred)
     count = stats.shape[0] // (1 + centred)
     if count:
-        rows, stride = rows_of(x)
-        added, added_stride = (None, 0) if branch is None else rows_of(branch)
-        bias = None if bias is None else bias.contiguous()
         shape = _shape(TUNING["forward"], weight.shape[0])
+        tile = shape["BLOCK_R"]
+        rows, stride = rows_of(x, tile)
+        added, added_stride = (None, 0) if branch is None else rows_of(branch, tile)
+        bias = None if bias is None else bias.contiguous()
         with on_device(x):
-            forward_kernel[(-(-count // shape["BLOCK_R"]),)](
+            forward_kernel[(-(-count // tile),)](
                 rows, added, weight.contiguous(), bias, y, total, stats, stride, added_stride, count, eps, CENTRED=centred, **shape
             )
     return y, total, stats
@@ -261,13 +267,15 @@ def _backward_launch(
     count, width = stats.shape[0] // (1 + centred), weight.shape[0]
     if not count:
         return dx, dparameters.zero_()
-    (grads, s_grads), (rows, s_rows), (others, s_others) = rows_of(dy), rows_of(x), (None, 0) if dtotal is None else rows_of(dtotal)
     tuning = TUNING["backward"]
     shape = _shape(tuning, width)
+    tile = shape["BLOCK_R"]
+    (grads, s_grads), (rows, s_rows) = rows_of(dy, tile), rows_of(x, tile)
+    others, s_others = (None, 0) if dtotal is None else rows_of(dtotal, tile)
     # few programs that go through many rows: their partial sums stay small beside the rows
     resident = max(tuning.resident // shape["num_warps"], 1)
-    programs = min(-(-count // shape["BLOCK_R"]), processors(x.device) * resident)
-    tile_bytes = shape["BLOCK_R"] * shape["BLOCK_C"] * sum(t.element_size() for t in (dy, x, dtotal) if t is not None)
+    programs = min(-(-count // tile), processors(x.device) * resident)
+    tile_bytes = tile * shape["BLOCK_C"] * sum(t.element_size() for t in (dy, x, dtotal) if t is not None)
     inside = min(sums, 1) if width > NARROW else sums
     partial = x.new_empty(inside * programs * width, dtype=torch.float32) if inside else None
     with on_device(x):

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Launch = Callable[..., Any]
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What the kernels of layers take; they compute in fp32."""
 
 
 def operator(name: str, launch: Launch, fake: Launch) -> Launch:
@@ -80,12 +82,12 @@ def padded(width: int) -> int:
     return 1 << max(width - 1, 0).bit_length()
 
 
-def rows_of(x: Tensor) -> tuple[Tensor, int]:
+def rows_of(x: Tensor, tile: int = 1) -> tuple[Tensor, int]:
     """x [..., C] as rows of C with a contiguous last dimension, and a row's stride; no copy where strides allow. Offsets in a tile
-    fit 32 bits."""
+    of so many rows fit 32 bits."""
     if x.is_contiguous():
         return x, x.shape[-1]
     rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1 or rows.stride(0) >= 2**24:
+    if rows.stride(1) != 1 or rows.stride(0) * tile >= 2**31:
         rows = rows.contiguous()
     return rows, rows.stride(0)

@@ -1,4 +1,4 @@
-"""Matrix products of low-precision operands with an fp32 result."""
+"""Matrix products of low-precision operands with an fp32 result. Autocast leaves them as they are, for they name their results."""
 
 from __future__ import annotations
 

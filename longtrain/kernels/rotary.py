@@ -9,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longtrain.errors import KernelError
 from longtrain.kernels.language import constexpr, jit, tl
-from longtrain.kernels.operators import differentiable, on_device, padded
+from longtrain.kernels.operators import DTYPES, differentiable, on_device, padded
 
 
 @dataclass(frozen=True)
@@ -90,8 +89,10 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     if not (cos.shape == sin.shape == tables and k.shape[:2] == q.shape[:2] and 2 * tables[-1] <= q.shape[-1] == k.shape[-1]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, cos, sin))
         raise KernelError(f"fused rotary: q, k, cos, sin are {shapes}, not [B, T, H, D], [B, T, Hkv, D] and twice [B, T, 1, R/2]")
-    if torch.float64 in (q.dtype, k.dtype):
-        raise KernelError("fused rotary computes in fp32, not in fp64: leave rotary out of the fused layers")
+    if q.dtype not in DTYPES or k.dtype not in DTYPES:
+        raise KernelError(
+            f"fused rotary: q and k are {q.dtype} and {k.dtype}, not fp16, bf16 or fp32; leave rotary out of the fused layers"
+        )
 
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:

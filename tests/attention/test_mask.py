@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longtrain.attention import AttentionMask, Band, Block, Chunk, Cover, band_kind
+from longtrain.attention.mask import LAST_DOCUMENT
 from longtrain.batch import Batch
 from tests.attention_cases import bands, boundaries, documents, segments
 
@@ -123,3 +124,26 @@ def test_boundaries_promise_segments_in_order(row: list[int]) -> None:
     assert AttentionMask(Band.full(), elsewhere, elsewhere, ((0, 2, 3), (0, 3))).boundaries
     padding = torch.tensor([[0, 3, -1], [-1, -1, -1]], dtype=torch.int32)
     assert AttentionMask(Band.full(), padding, padding, ((0, 1, 2), (0,))).boundaries
+
+
+@pytest.mark.parametrize("number", [-2, -(2**31), 2**31 - 1])
+def test_numbers_that_no_document_has(number: int) -> None:
+    """Kernels would not agree on what such tokens see."""
+    good = torch.tensor([[-1, 0, LAST_DOCUMENT]], dtype=torch.int32)
+    wrong = torch.tensor([[0, 0, number]], dtype=torch.int32)
+    for q, k, ends in ((wrong, wrong, None), (good, wrong, None), (wrong, good, None), (wrong, wrong, ((0, 2, 3),))):
+        with pytest.raises(ValueError, match=rf"a segment of {number}: documents have numbers from 0 to 2147483646, padding is -1"):
+            AttentionMask(Band.full(), q, k, ends)
+    assert AttentionMask(Band.full(), good, good.clone()).q_segments is good
+    elsewhere = wrong.to("meta")
+    assert AttentionMask(Band.full(), elsewhere, elsewhere).q_segments is elsewhere
+    empty = torch.empty(0, 0, dtype=torch.int32)
+    assert AttentionMask(Band.full(), empty, empty).q_segments is empty
+
+
+def test_a_mask_that_is_made_in_a_compiled_graph() -> None:
+    def seen(segments: torch.Tensor) -> torch.Tensor:
+        return AttentionMask(Band.causal(), segments, segments, ((0, 2, 3),)).dense(3, 3)
+
+    ids = torch.tensor([[0, 0, 1]], dtype=torch.int32)
+    assert torch.equal(torch.compile(seen, fullgraph=True, backend="eager")(ids), seen(ids))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf, nan
 
 import pytest
 import torch
@@ -192,7 +193,8 @@ def test_a_bias_is_watched_and_freed_with_the_graph() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"softcap": 0.0}, "softcap 0.0 must be above 0"),
+        *(({"softcap": cap}, f"softcap {cap} must be above 0 and finite") for cap in (0.0, inf, nan)),
+        *(({"scale": scale}, f"scale {scale} must be finite") for scale in (inf, -inf, nan)),
         ({"dropout": 1.0}, "must be in"),
         ({"dropout": 0.1}, "needs dropout_seed"),
         ({"dropout_seed": torch.zeros(2, dtype=torch.int32)}, "must be int64"),

@@ -24,7 +24,9 @@ from longtrain.kernels.flash import FlashKernel
 from longtrain.kernels.flash.kernel import Call
 from longtrain.kernels.flash.tiles import COMPACT, TABLE, Pass, Tile, Tiles, tile_for, tiles_for
 from longtrain.kernels.language import has_triton, interprets
+from longtrain.kernels.local import LocalAttend
 from tests.attention_cases import Case, cases, check_kernel
+from tests.parity import results
 
 pytestmark = [
     pytest.mark.skipif(not has_triton(), reason="Triton is not installed"),
@@ -165,6 +167,34 @@ def test_tiles_outside_the_band_and_the_document_are_not_read() -> None:
         grads = SMALL.backward(torch.ones_like(q), q, k, v, finite, torch.zeros_like(lse), block, AttentionSpec())
         assert grads.dq[:, rows].isfinite().all()
         assert grads.dk[:, rows].isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_what_is_no_number_is_not_taken_for_an_empty_row(softcap: float | None, merged: bool) -> None:
+    q, k, v, _, _, mask, spec = Case(q_length=40, q_documents=((30,), (40,)), softcap=softcap).tensors(torch.float32)
+    k[0, 20] = float("nan")
+    found, truth = (
+        kernel.forward(q, k, v, Block.of(mask), spec, into=empty_partial(q, v.shape[-1]) if merged else None)
+        for kernel in (SMALL, ReferenceKernel())
+    )
+    assert found.lse[0, :, 20:30].isnan().all()
+    assert found.lse[0, :, 30:].eq(-torch.inf).all()
+    torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+@interpreted
+def test_a_bias_that_hides_keys() -> None:
+    """As a mask of booleans becomes one; a row sees nothing."""
+    t = Case(Band.full(), 40).tensors(torch.float32)
+    mask = torch.rand(40, 40) > 0.5
+    mask[7] = False
+    spec = AttentionSpec(bias=torch.zeros(40, 40).masked_fill(~mask, -torch.inf).requires_grad_())
+    found, truth = (
+        results(LocalAttend(kernel).with_lse, t[:3], t.mask, spec, t.dout, t.dlse) for kernel in (SMALL, ReferenceKernel())
+    )
+    torch.testing.assert_close(found, truth, atol=1e-5, rtol=1e-5)
 
 
 @interpreted

@@ -101,6 +101,9 @@ def test_refusals() -> None:
         gated.gated(x, x[:1], "silu")
     with pytest.raises(KernelError, match="float64"):
         gated.gated(x.double(), x.double(), "silu")
+    for dtype in (torch.int32, torch.bool, torch.float8_e4m3fn):
+        with pytest.raises(KernelError, match=rf"{dtype}: they must be of one shape, and fp16, bf16 or fp32"):
+            gated.gated(x, x.to(dtype), "silu")
 
 
 def test_layers_are_chosen_by_name() -> None:

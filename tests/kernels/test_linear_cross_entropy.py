@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -72,6 +73,19 @@ def test_low_precision_is_fp32_inside(dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(dx.double(), expected[1], atol=1e-6, rtol=1.1 * eps)
     torch.testing.assert_close(dw.double(), expected[2], atol=1e-5, rtol=0.6 * eps)
+
+
+@versions
+def test_autocast_rounds_nothing(fused: bool) -> None:
+    case = LossCase(37, 16, 130)
+    *tensors, labels = case.inputs(torch.float32)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = linear_cross_entropy(*tensors, labels, fused=fused).loss
+        found.append((loss.detach(), *torch.autograd.grad(loss, tensors)))
+    for plain, cast in zip(*found, strict=True):
+        assert torch.equal(plain, cast)
 
 
 def test_sums_above_the_range_of_fp16_survive_until_they_are_scaled() -> None:
@@ -170,6 +184,14 @@ def test_no_gradients_are_computed_where_none_are_wanted() -> None:
 def test_options_alone_and_combined(dtype: torch.dtype, options: dict[str, float], fused: bool) -> None:
     if not (fused and dtype == torch.float64):
         check_loss(LossCase(37, 16, 130, **options, scale=2.0), dtype, fused)
+
+
+@versions
+@pytest.mark.parametrize("far", [40.0, 110.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_labels_where_the_soft_cap_saturates(dtype: torch.dtype, far: float, fused: bool) -> None:
+    """Their scores lie far below the maximum, and all of their gradient passes the slope of the soft-cap there."""
+    check_loss(LossCase(16, 32, 200, softcap=30.0, ignored=0, far=far), dtype, fused)
 
 
 @versions
@@ -279,8 +301,14 @@ def test_a_label_outside_the_vocabulary_is_refused(label: int, fused: bool) -> N
         ({"weight": torch.zeros(5, 3)}, "takes hidden"),
         ({"weight": torch.zeros(5, 4, dtype=torch.bfloat16)}, "of one dtype"),
         ({"z_loss": -1.0}, "z_loss must"),
-        ({"softcap": 0.0}, "softcap above 0"),
+        ({"z_loss": math.nan}, "z_loss must"),
+        ({"z_loss": math.inf}, "z_loss must"),
+        ({"softcap": 0.0}, r"softcap in \(0, inf\)"),
+        ({"softcap": math.inf}, r"softcap in \(0, inf\)"),
+        ({"softcap": math.nan}, r"softcap in \(0, inf\)"),
         ({"label_smoothing": 1.0}, "label_smoothing in"),
+        ({"label_smoothing": math.nan}, "label_smoothing in"),
+        ({"hidden": torch.zeros(9, 4, dtype=torch.int32), "weight": torch.zeros(5, 4, dtype=torch.int32)}, "not in torch.int32"),
         ({"hidden": torch.zeros(9, 4).double(), "weight": torch.zeros(5, 4).double(), "fused": True}, "leave `loss` out"),
     ],
 )

@@ -29,6 +29,13 @@ def test_options(dtype: torch.dtype, options: dict[str, float], fused: bool) -> 
     check_loss(LossCase(3000, 256, 4097, **options, scale=3.0), dtype, fused, "cuda")
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("far", [40.0, 70.0, 110.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_labels_where_the_soft_cap_saturates(dtype: torch.dtype, far: float, fused: bool) -> None:
+    check_loss(LossCase(500, 256, 4097, softcap=30.0, ignored=5, far=far), dtype, fused, "cuda")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 63, 111, 4097])
 @pytest.mark.parametrize("vocabulary", [1, 7, 257, 1000, 32000, 50257])

@@ -157,3 +157,43 @@ def test_refusals() -> None:
         norms.rms_norm(x, weight[:-1], EPS)
     with pytest.raises(KernelError, match="must be of one shape"):
         norms.add_rms_norm(x, branch[:1], weight, EPS)
+    with pytest.raises(KernelError, match=r"not in torch\.int64"):
+        norms.rms_norm(x, weight.long(), EPS)
+    with pytest.raises(KernelError, match=r"not in torch\.float64"):
+        norms.add_rms_norm(x, branch.double(), weight, EPS)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(1), torch.zeros(23), torch.zeros(48), torch.zeros(24, dtype=torch.bfloat16)])
+def test_a_bias_that_does_not_belong_to_the_weight(wrong: Tensor) -> None:
+    """A shorter one would be read beyond its end."""
+    x, branch, weight, _ = inputs()
+    with pytest.raises(KernelError, match=r"weight \(24,\) torch\.float32, bias .* one shape and dtype"):
+        norms.layer_norm(x, weight, wrong, EPS)
+    with pytest.raises(KernelError, match="one shape and dtype"):
+        norms.add_layer_norm(x, branch, weight, wrong, EPS)
+
+
+class Launches:
+    """Stands for a kernel and keeps what it is launched with."""
+
+    def __init__(self) -> None:
+        self.arguments: tuple[object, ...] = ()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Launches:
+        return self
+
+    def __call__(self, *arguments: object, **constants: object) -> None:
+        self.arguments = arguments
+
+
+@pytest.mark.parametrize(("stride", "taken"), [(2**19, 2**19), (2**20, 1), (2**23, 1)])
+def test_offsets_in_a_tile_fit_32_bits(stride: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2048 rows of one feature are one tile; rows that lie farther apart are copied. On a device without memory."""
+    forward, backward = Launches(), Launches()
+    for name, kernel in (("forward_kernel", forward), ("backward_kernel", backward), ("sum_kernel", Launches())):
+        monkeypatch.setattr(norms, name, kernel)
+    x, weight = torch.empty_strided((4096, 1), (stride, 1), device="meta"), torch.empty(1, device="meta")
+    _, _, stats = norms._forward(x, x, weight, None, EPS, False)
+    norms._backward_launch(x, x, x, weight, stats, False, 1)
+    assert forward.arguments[7:9] == (taken, taken)
+    assert backward.arguments[7:10] == (taken, taken, taken)

@@ -84,9 +84,9 @@ def forward_kernel(
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new
 
-    m_some = b_sum > 0
-    b_lse = tl.where(m_some, b_max + tl.log(b_sum), float("-inf"))
-    b_weight = tl.where(m_some, 1.0 / b_sum, 0.0)
+    m_none = b_sum == 0  # not so where it is NaN, which must show in lse
+    b_lse = tl.where(m_none, float("-inf"), b_max + tl.log(b_sum))
+    b_weight = tl.where(m_none, 0.0, 1.0 / b_sum)
     if DROPOUT:
         b_weight = b_weight * numbers[3]
     m_m = o_m < shape[2]
