@@ -115,3 +115,19 @@ def test_hosts_that_do_not_share_a_folder_are_named(names: tuple[str, str]) -> N
     for code, said in two_hosts((Path("north"), Path("south")), names):
         assert code == 1, "torchrun's own"
         assert f"the run's folder {Path('north/run').absolute()} of {names[0]} is another one on {names[1]}: every rank" in said
+
+
+@pytest.mark.usefixtures("fresh")
+def test_checkpoints_on_a_disk_of_each_host() -> None:
+    """The run's folder is shared, and links to what is not."""
+    Path("run").mkdir()
+    Path("run/checkpoints").symlink_to("/proc/self/cwd/local")
+    for folder in (Path("north"), Path("south")):
+        Path(folder, "local").mkdir(parents=True)
+        for name in ("recipe.yaml", "data", "run"):
+            Path(folder, name).symlink_to(Path(name).absolute())
+    for code, said in two_hosts((Path("north"), Path("south"))):
+        assert code == 1, "torchrun's own"
+        assert f"output: the run's folder {Path('north/run/checkpoints').absolute()} of" in said
+        assert "set output to a folder on a file system that all hosts share" in said
+    assert [path.name for path in Path("run").iterdir()] == ["checkpoints"], "no trace"

@@ -63,27 +63,28 @@ def list_checkpoints(
     check: Annotated[bool, typer.Option("--verify", help="Read every byte; else only torn files are found.")] = False,
 ) -> None:
     """Lists the checkpoints of a run. Step, tokens, loss, size, ranks, and whether they are sound; exit code 2 where one is
-    damaged, and the files are named."""
+    damaged, cannot be read or is of another version, and the files are named."""
     with refusals():
-        from longtrain.train.checkpoint_commands import examine, find, refuse_damage, table
+        from longtrain.train.checkpoint_commands import examine, find, refuse_unsound, table
 
         entries = [examine(path, content=check) for path in find(run)]
         table_console().print(table(entries, verified=check))
-        refuse_damage([reason for entry in entries for reason in entry.damage])
+        refuse_unsound(entries)
 
 
 @checkpoints.command("verify")
 def verify_checkpoints(run: RunArgument) -> None:
-    """Reads every byte of a checkpoint. Or of all of a run; exit code 2 where one is damaged, and the files are named."""
+    """Reads every byte of a checkpoint. Or of all of a run; exit code 2 where one is damaged, cannot be read or is of another
+    version, and the files are named."""
     with refusals():
-        from longtrain.train.checkpoint_commands import examine, find, refuse_damage
+        from longtrain.train.checkpoint_commands import Entry, examine, find, refuse_unsound
 
-        problems: list[str] = []
+        entries: list[Entry] = []
         for path in find(run):
-            found = examine(path, content=True).damage
-            say(f"{path}: {'DAMAGED' if found else 'verified'}")
-            problems += found
-        refuse_damage(problems)
+            entry = examine(path, content=True)
+            say(f"{path}: {entry.state('verified')}")
+            entries.append(entry)
+        refuse_unsound(entries)
 
 
 @checkpoints.command("prune")
@@ -92,9 +93,10 @@ def prune_checkpoints(
     keep: Annotated[int, typer.Option(min=1, metavar="N", help="Number of newest sound checkpoints to keep.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
 ) -> None:
-    """Deletes all but the newest checkpoints. Those of which every byte is right count; the only good one always stays."""
+    """Deletes all but the newest checkpoints. Those of which every byte is right count; the only good one always stays, and so does
+    a newer one that cannot be read or is of another version."""
     with refusals():
         from longtrain.train.checkpoint_commands import prune
 
-        for path, reason in prune(run, keep, dry_run=dry_run):
-            say(f"{'would delete' if dry_run else 'deleted'} {path} ({reason})")
+        for path, goes, reason in prune(run, keep, dry_run=dry_run):
+            say(f"{'left' if not goes else 'would delete' if dry_run else 'deleted'} {path} ({reason})")

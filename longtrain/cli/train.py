@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from longtrain.cli.options import HostMemoryOption, RanksOption, RanksPerHostOpt
 from longtrain.cli.plan import say_plan
 from longtrain.cli.refusals import located, refusals
 from longtrain.cli.terminal import outlive_readers, rank, say, say_aside, warn
-from longtrain.errors import PlanError
+from longtrain.errors import CheckpointError, PlanError
 from longtrain.recipe.load import Written, load_written
 from longtrain.recipe.schema import Recipe
 
@@ -76,12 +77,12 @@ def _train(recipe: Recipe, written: Written, resume: str, until: int | None, for
         step, drawn = _run(recipe, written, resume, until, force)
     except KeyboardInterrupt:
         if main:
-            _say_interrupted(Path(recipe.run_folder))
+            _say_interrupted(Path(recipe.run_folder), resume)
         raise
     steps, saves = recipe.training.steps, recipe.checkpoint.every is not None
     asked = step < min(steps if until is None else until, steps)
     if main and (asked or (step < steps and drawn)):
-        same = "the same command" if asked else "the command without --until"
+        same = _same_command(resume, [] if asked else ["without --until"])
         from_there = f"{same} goes on from there" if saves else "nothing was saved, as checkpoint.every is null"
         say(f"stopped at step {step}, as asked; {from_there}")
     if main and not asked:
@@ -98,7 +99,7 @@ def _run(recipe: Recipe, written: Written, resume: str, until: int | None, force
     from longtrain.plan.model import check_init
     from longtrain.train.assemble import open_data, open_weights, verify_data
     from longtrain.train.experiment import check_installed
-    from longtrain.train.resume import choose
+    from longtrain.train.resume import CHECKPOINTS, choose
     from longtrain.train.run import facts_of, run_training
     from longtrain.train.run_folder import check_place, check_shared, check_writable
     from longtrain.train.signals import StopSignals
@@ -121,7 +122,6 @@ def _run(recipe: Recipe, written: Written, resume: str, until: int | None, force
         if start.checkpoint is None:
             check_init(plan.recipe)
         open_weights(plan, start)
-    read_metrics(folder / METRICS_FILE)
     splits = [split] if unseen is None else [split, unseen]
     if started.local_rank == 0:
         with located(written, data):
@@ -132,13 +132,21 @@ def _run(recipe: Recipe, written: Written, resume: str, until: int | None, force
         drawn[:] = draw_plots(read_metrics(folder / METRICS_FILE), plan.recipe.name, folder)
         return drawn
 
+    def asked_to_stop() -> bool:
+        if started.orphaned():
+            say_aside("torchrun is gone: stopping after this step, with a checkpoint")
+            return True
+        return stop.asked()
+
     try:
         ctx = launch.start(started, dp=plan.dp, cp=plan.cp, device=device.type)
-        with StopSignals(say_aside, lambda: None if ctx.rank else _say_interrupted(folder)) as stop:
-            check_shared(ctx, folder)
+        with StopSignals(say_aside, lambda: None if ctx.rank else _say_interrupted(folder, resume)) as stop:
+            # one of them may be a link
+            for place in (folder, folder / CHECKPOINTS):
+                check_shared(ctx, place)
             launch.check_agreement(ctx, facts_of(plan, splits, start, until))
             evaluate = None if unseen is None else _evaluation(plan, ctx, unseen)
-            progress = run_training(plan, ctx, split, start, until=until, evaluate=evaluate, draw=draw, asked_to_stop=stop.asked)
+            progress = run_training(plan, ctx, split, start, until=until, evaluate=evaluate, draw=draw, asked_to_stop=asked_to_stop)
             # torchrun ends all ranks when one leaves with an exit code, and the main one may still be telling its trackers
             ctx.all_gather_text("done")
         failed = False
@@ -188,10 +196,20 @@ def _newer(export: Path, checkpoint: Path) -> bool:
     return export.stat().st_mtime >= checkpoint.stat().st_mtime
 
 
-def _say_interrupted(folder: Path) -> None:
+def _say_interrupted(folder: Path, resume: str) -> None:
     from longtrain.train.checkpoint_folder import find_latest
     from longtrain.train.resume import CHECKPOINTS
 
-    latest = find_latest(folder / CHECKPOINTS)
-    kept = "there is no checkpoint yet" if latest is None else f"the same command goes on from {latest}"
+    try:
+        latest = find_latest(folder / CHECKPOINTS)
+        kept = "there is no checkpoint yet" if latest is None else f"{_same_command(resume)} goes on from {latest}"
+    except CheckpointError as error:
+        kept = str(error)
     print(f"interrupted; {kept}", file=sys.stderr, flush=True)
+
+
+def _same_command(resume: str, changes: Sequence[str] = ()) -> str:
+    """The command that goes on after one with this --resume, in words. changes: what else must be different."""
+    # never refuses to go on, also from what it has saved itself
+    changes = [*(["with --resume auto"] if resume == "never" else []), *changes]
+    return f"the command {' and '.join(changes)}" if changes else "the same command"

@@ -11,7 +11,7 @@ from typing import Any
 from longtrain.attention import Attend
 from longtrain.data.loader import Loader
 from longtrain.data.mixture import Split
-from longtrain.data.opening import open_split
+from longtrain.data.opening import compare_tokenizers, open_split
 from longtrain.errors import CheckpointError
 from longtrain.kernels.layers import choose_layers
 from longtrain.models.decoder import Decoder
@@ -22,8 +22,10 @@ from longtrain.parallel.deepspeed import Engine, Gathered, build_model, probe
 from longtrain.parallel.exchange import ProcessGroupExchange
 from longtrain.parallel.ulysses import choose_attend
 from longtrain.plan import Plan
+from longtrain.plan.describe import doubts
 from longtrain.recipe.schema import SaveFailure
 from longtrain.train.checkpoint import Saver
+from longtrain.train.checkpoint_format import Origin
 from longtrain.train.optim import decay_groups
 from longtrain.train.resume import CHECKPOINTS, Start, restore, state_of
 from longtrain.train.state import Progress
@@ -39,7 +41,8 @@ VERIFY_BYTES = 4 << 30
 class Run:
     """A run that is ready to train. `progress` moves; everything else was decided when it was assembled.
 
-    asked_to_stop: whether this process was. stood_still: seconds that training did for checkpoints since this was last reset.
+    origin: as in TrainState. asked_to_stop: whether this process was. stood_still: seconds that training did for checkpoints since
+    this was last reset.
     """
 
     plan: Plan
@@ -50,6 +53,7 @@ class Run:
     folder: Path
     trackers: Trackers = field(default_factory=Trackers)
     progress: Progress = field(default_factory=Progress)
+    origin: Origin | None = None
     asked_to_stop: Callable[[], bool] = lambda: False
     stood_still: float = 0.0
 
@@ -66,7 +70,7 @@ class Run:
         self.settle()
         began = time.perf_counter()
         recipe = self.plan.recipe
-        state = state_of(recipe, self.split, self.progress, self.trackers.run_id)
+        state = state_of(recipe, self.split, self.progress, self.trackers.run_id, self.origin)
         try:
             self._saved = self.progress.step
             reason = self.saver.begin(self.folder / CHECKPOINTS, self.engine, state, recipe.checkpoint.keep)
@@ -139,10 +143,13 @@ def build_attend(plan: Plan, ctx: ParallelContext) -> Attend:
 def open_weights(plan: Plan, start: Start) -> Pretrained | None:
     """The weights of model.init, None where there are none or a checkpoint replaces them anyway.
 
-    Raises CheckpointError where they are not all there; reads headers only.
+    Raises CheckpointError where they are not all there, DataError where the data has another tokenizer; reads headers only.
     """
     init = plan.recipe.model.init
-    return None if init is None or start.checkpoint is not None else open_pretrained(Path(init), plan.model)
+    if init is None or start.checkpoint is not None:
+        return None
+    compare_tokenizers(plan.recipe)
+    return open_pretrained(Path(init), plan.model)
 
 
 def first_values(plan: Plan, ctx: ParallelContext, start: Start) -> Callable[[Any, Gathered], None]:
@@ -186,10 +193,12 @@ def assemble(plan: Plan, ctx: ParallelContext, split: Split, start: Start, *, ve
         eps=recipe.optimizer.eps,
     )
     progress = Progress() if start.checkpoint is None else restore(engine, start.checkpoint, verified=verified)
-    return Run(plan, ctx, engine, split, loader, Path(recipe.run_folder), progress=progress)
+    return Run(plan, ctx, engine, split, loader, Path(recipe.run_folder), progress=progress, origin=start.origin)
 
 
-def warnings(split: Split) -> Sequence[str]:
-    """What the user should know about the data before paying for training."""
+def warnings(split: Split, plan: Plan | None = None) -> Sequence[str]:
+    """What the user should know about the data, and the weights of model.init, before paying for training. plan: of a run that
+    begins; None where a checkpoint replaces the weights."""
     warning = split.warning()
-    return [] if warning is None else [f"warning: {split.folder}: {warning}"]
+    of_data = [] if warning is None else [f"warning: {split.folder}: {warning}"]
+    return of_data + [f"warning: {doubt}" for doubt in (doubts(plan) if plan is not None else ())]

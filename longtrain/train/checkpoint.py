@@ -33,7 +33,7 @@ from longtrain.errors import CheckpointError, LongtrainError
 from longtrain.files import sync_path
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine
-from longtrain.parallel.mailbox import Mailbox
+from longtrain.parallel.mailbox import Mailbox, MailboxGoneError
 from longtrain.plan.host import SHARE, available_memory, fits
 from longtrain.train.checkpoint_folder import KINDS, Pieces, check_files, check_ranges, complete, delete, publish, resolve
 from longtrain.train.checkpoint_format import (
@@ -48,6 +48,7 @@ from longtrain.train.checkpoint_format import (
     write_json,
     write_manifest,
 )
+from longtrain.train.guards import step_of
 from longtrain.train.snapshot import PART, HostMemory, Part, header_of, parts_of, write_tensors
 from longtrain.train.threads import THREADS, in_threads
 
@@ -61,7 +62,8 @@ Copied = Callable[[Part], AbstractContextManager[Tensor]]
 
 @dataclass
 class _Save:
-    """A checkpoint on its way. key: under which the ranks post that their part is written."""
+    """A checkpoint on its way. key: under which the ranks post that their part is written. post: what this one posts. alone:
+    whether it cannot reach the others behind the training."""
 
     folder: Path
     final: Path
@@ -70,10 +72,11 @@ class _Save:
     keep: int
     state: TrainState
     manifest: Manifest | None
+    post: dict[str, Any] = field(default_factory=dict)
+    alone: bool = False
     error: str | None = None
     remark: str | None = None
     done: threading.Event = field(default_factory=threading.Event)
-    thread: threading.Thread | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Saver:
             raise RuntimeError("a save is on its way: settle it first")
         if keep < 1:
             raise CheckpointError(f"checkpoint.keep is {keep}: keep at least 1")
-        engine.create_moments()
+        together(self._ctx, engine.create_moments)
         ranges = ((f"{kind}/{piece.name}", piece.start, piece.tensors[kind]) for piece in engine.owned_ranges() for kind in KINDS)
         parts = parts_of(self._ctx.rank, ranges, self._part)
         final = folder / f"step-{state.step:08d}"
@@ -133,22 +136,25 @@ class Saver:
         save.key = answers[0]["key"]
         here = [answer for answer in answers if answer["host"] == socket.gethostname()]
         threads = max(1, min(THREADS, usable_cores() // len(here)))
-        self._save = save
-        reason, held = _too_much(here), {}
+        copied: Copied = self._memory.lend
+        reason = _too_much(here)
         if reason is None:
             try:
                 held = dict(zip(parts, self._memory.take(parts), strict=True))
+                copied = lambda part: nullcontext(held[part])  # noqa: E731
             except (MemoryError, RuntimeError) as error:  # what is available cannot always be had
                 reason = f"no memory for a copy: {error}"
+        if reason is None:
+            try:
+                # not a daemon: the interpreter waits for it before it ends
+                threading.Thread(target=self._write, args=(save, parts, copied, threads), name="checkpoint").start()
+            except RuntimeError as error:  # of a limit on processes; a pool of threads would meet it too
+                reason, threads = f"no thread for the background: {error}", 1
         if reason is not None:
-            self._write(save, parts, self._memory.lend, _affordable(threads, here, self._part))
-            return reason
-        # not a daemon: the interpreter waits for it before it ends
-        save.thread = threading.Thread(
-            target=self._write, args=(save, parts, lambda part: nullcontext(held[part]), threads), name="checkpoint"
-        )
-        save.thread.start()
-        return None
+            self._write(save, parts, copied, _affordable(threads, here, self._part))
+        # only now: whoever waits for it waits for ever where nobody writes
+        self._save = save
+        return reason
 
     def settle(self) -> Saved | None:
         """Waits until the checkpoint on its way is published. A collective of all ranks; None where there was none.
@@ -159,10 +165,14 @@ class Saver:
         if save is None:
             return None
         save.done.wait()
-        error, remark = json.loads(self._ctx.all_gather_text(json.dumps([save.error, save.remark]))[0])
+        rows = [json.loads(text) for text in self._ctx.all_gather_text(json.dumps([save.post, save.alone, save.error]))]
+        _, alone, error = rows[0]
         if error is not None:
             raise CheckpointError(error)
-        return Saved(save.final, remark)
+        if alone:
+            together(self._ctx, lambda: self._finish(save, [post for post, _, _ in rows]) if self._ctx.is_main else None)
+            save.remark = "torchrun is gone, or its host, and with it the store through which ranks save behind the training"
+        return Saved(save.final, save.remark)
 
     def close(self) -> None:
         """Waits for what is on its way, however training ended; if other ranks are gone, not for long."""
@@ -178,21 +188,23 @@ class Saver:
                 return part.file, write_tensors(save.temporary / part.file, header_of(part.tensors), [elements]).model_dump()
 
         try:
-            post: Any = {"files": dict(in_threads(write, parts, threads))}
+            save.post = {"files": dict(in_threads(write, parts, threads))}
         except Exception as error:
-            post = {"error": _in_words(error)}
+            save.post = {"error": _in_words(error)}
         try:
-            self._mailbox.post(save.key, json.dumps(post))
+            self._mailbox.post(save.key, json.dumps(save.post))
             if self._ctx.is_main:
-                self._finish(save)
+                self._finish(save, [json.loads(text) for text in self._mailbox.collect(save.key, self._give_up)])
+        except MailboxGoneError:
+            save.alone = True
         except Exception as error:
             save.error = _in_words(error)
             shutil.rmtree(save.temporary, ignore_errors=True)
         finally:
             save.done.set()
 
-    def _finish(self, save: _Save) -> None:
-        posts = [json.loads(text) for text in self._mailbox.collect(save.key, self._give_up)]
+    def _finish(self, save: _Save, posts: list[Any]) -> None:
+        """Publishes what all ranks have written; for the main rank."""
         for rank, post in enumerate(posts):
             if "error" in post:
                 raise CheckpointError(post["error"] if self._ctx.world == 1 else f"rank {rank}: {post['error']}")
@@ -202,10 +214,10 @@ class Saver:
         write_manifest(save.temporary / MANIFEST, save.manifest.model_copy(update={"files": files}))
         publish(save.temporary, save.final)
         try:
-            for old in complete(save.folder)[: -save.keep]:
+            for old in _outdated(complete(save.folder), save.keep, save.state):
                 if old != save.final:
                     delete(old)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             save.remark = f"older checkpoints could not be deleted: {_in_words(error)}"
 
     def _give_up(self) -> bool:
@@ -229,12 +241,13 @@ def load(path: Path, engine: Engine, *, verified: bool = False) -> TrainState:
 
     A collective of all ranks. The engine may have another world size or ZeRO stage than the one that saved. Whether the returned
     state belongs to the same recipe is for the caller to decide. verified: `check_together` has just run. Raises CheckpointError
-    on every rank if the checkpoint is missing, damaged, incomplete or of another model; the engine may then hold parts of it.
+    on every rank if the checkpoint is missing, damaged, incomplete, of another model or not the same one on all ranks; the engine
+    may then hold parts of it.
     """
     ctx = engine.ctx
     loaded: list[tuple[Manifest, TrainState]] = []
 
-    def read() -> None:
+    def read() -> list[Any]:
         step = resolve(path)
         manifest = read_manifest(step)
         check_files(step, manifest, sorted(manifest.files)[ctx.rank :: ctx.world], content=not verified)
@@ -244,12 +257,22 @@ def load(path: Path, engine: Engine, *, verified: bool = False) -> TrainState:
         engine.create_moments()
         ranges = [(kind, piece.name, piece.start, view) for piece in engine.held_ranges() for kind, view in piece.tensors.items()]
         in_threads(lambda wanted: pieces.read(*wanted), ranges)
+        try:
+            engine.set_scaler_state(state.scaler)
+        except KeyError as error:
+            raise CheckpointError(f"{step / STATE}: scaler: lacks {error}, as this version of longtrain writes it") from error
         loaded.append((manifest, state))
+        return [state.step, manifest.sha256]
 
-    together(ctx, read)
+    answers = together(ctx, read)
+    for rank, (step, digest) in enumerate(answers):
+        if [step, digest] != answers[0]:
+            raise CheckpointError(
+                f"{path}: rank {rank} read another checkpoint than rank 0: step {step}, manifest {digest[:8]}, instead of step "
+                f"{answers[0][0]}, manifest {answers[0][1][:8]}; see to it that all hosts share this folder"
+            )
     manifest, state = loaded[0]
     engine.set_adam_steps({name: entry.adam_step for name, entry in manifest.parameters.items()})
-    engine.set_scaler_state(state.scaler)
     engine.refresh_weights()
     return state
 
@@ -279,6 +302,13 @@ def together(ctx: ParallelContext, action: Callable[[], Any]) -> list[Any]:
         if "error" in other:
             raise CheckpointError(other["error"] if ctx.world == 1 else f"rank {rank}: {other['error']}") from cause
     return [other["value"] for other in answers]
+
+
+def _outdated(steps: list[Path], keep: int, state: TrainState) -> list[Path]:
+    """Of a run's checkpoints, in order, those that go. Where the last steps before `state` updated nothing, what was saved since
+    may be spoilt: the newest one that is not stays, whatever `keep` is."""
+    sound = [path for path in steps if state.skipped_in_row and state.sound is not None and step_of(path) <= state.sound]
+    return [path for path in steps[:-keep] if path not in sound[-1:]]
 
 
 def _in_words(error: Exception) -> str:

@@ -9,26 +9,75 @@ from pathlib import Path
 from rich.table import Table
 
 from longtrain.errors import CheckpointError
-from longtrain.train.checkpoint_folder import complete, damage, delete
-from longtrain.train.checkpoint_format import DAMAGED, MANIFEST, STATE, read_manifest, read_state
+from longtrain.train.checkpoint_folder import complete, delete, problems
+from longtrain.train.checkpoint_format import (
+    DAMAGED,
+    MANIFEST,
+    STATE,
+    OtherVersionError,
+    UnreadableError,
+    read_manifest,
+    read_state,
+)
 from longtrain.train.resume import CHECKPOINTS
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What is to be said of checkpoints that are not right. kind: of all that is wrong with one. short: in a list. reason: why it
+    goes, or stays, when others are deleted. advice: what to do about it."""
+
+    kind: type[CheckpointError]
+    short: str
+    reason: str
+    advice: str
+
+
+DAMAGE = Verdict(
+    CheckpointError,
+    "DAMAGED",
+    "damaged",
+    "training, export and report pass over damaged checkpoints; `longtrain checkpoint prune` deletes them, and all but the newest "
+    "sound ones",
+)
+OTHERS = (
+    Verdict(
+        UnreadableError,
+        "UNREADABLE",
+        "cannot be read, and may be right",
+        "what cannot be read may be right: see to its permissions and its disk; until then training, export and report pass over "
+        "it, and `longtrain checkpoint prune` leaves it",
+    ),
+    Verdict(
+        OtherVersionError,
+        "OTHER VERSION",
+        "another version of longtrain wrote it",
+        "training refuses to go on beside a checkpoint of another version, and `longtrain checkpoint prune` leaves it",
+    ),
+)
+"""A checkpoint is damaged unless one of these is all that is known to be wrong with it."""
+
+
+@dataclass(frozen=True)
 class Entry:
-    """A checkpoint as it is listed. damage: in words, empty where it is sound. The rest is None where it cannot be read.
+    """A checkpoint as it is listed. problems: as for a step folder, empty where it is sound. The rest is None where it cannot be
+    read.
 
     loss: of the step, None in older ones. bytes: of its files. world, stage: what saved it.
     """
 
     path: Path
-    damage: tuple[str, ...]
+    problems: tuple[CheckpointError, ...]
     step: int | None = None
     tokens: int | None = None
     loss: float | None = None
     bytes: int | None = None
     world: int | None = None
     stage: int | None = None
+
+    def state(self, sound: str) -> str:
+        """The verdict in short, or `sound`."""
+        return judge(self.problems).short if self.problems else sound
 
 
 def find(path: Path) -> list[Path]:
@@ -56,19 +105,26 @@ def without_advice(problems: Iterable[str]) -> list[str]:
     return [problem.removesuffix(f"; {DAMAGED}") for problem in problems]
 
 
-def refuse_damage(problems: Sequence[str]) -> None:
-    """Raises CheckpointError of all of these, and what to do about them; nothing where there are none."""
-    if problems:
-        advice = (
-            "training, export and report pass over damaged checkpoints; `longtrain checkpoint prune` deletes them, and all but "
-            "the newest sound ones"
-        )
-        raise CheckpointError("\n".join([*without_advice(problems), advice]))
+def judge(found: Sequence[CheckpointError]) -> Verdict:
+    """The verdict on a checkpoint of which this, and at least something, is wrong."""
+    return next((other for other in OTHERS if all(isinstance(problem, other.kind) for problem in found)), DAMAGE)
+
+
+def refuse_unsound(entries: Iterable[Entry]) -> None:
+    """Raises CheckpointError of all that is wrong with these, and what to do about it; nothing where they are sound."""
+    unsound = [entry for entry in entries if entry.problems]
+    if unsound:
+        advice = dict.fromkeys(judge(entry.problems).advice for entry in unsound)
+        raise CheckpointError("\n".join([*_lines(problem for entry in unsound for problem in entry.problems), *advice]))
+
+
+def _lines(found: Iterable[CheckpointError]) -> list[str]:
+    return without_advice(str(problem) for problem in found)
 
 
 def examine(path: Path, *, content: bool) -> Entry:
     """One checkpoint, read as far as it can be. content: whether to read every byte; else only what tells of torn files."""
-    found = tuple(damage(path, content=content))
+    found = tuple(problems(path, content=content))
     try:
         manifest, state = read_manifest(path), read_state(path)
     except CheckpointError:
@@ -80,7 +136,7 @@ def table(entries: Sequence[Entry], *, verified: bool) -> Table:
     """Entries for people. verified: they were examined with their content."""
     shown = Table("step", "tokens", "loss", "size", "ranks", "ZeRO", "state", box=None, header_style="bold", pad_edge=False)
     for entry in entries:
-        state = "DAMAGED" if entry.damage else "verified" if verified else "whole, not verified"
+        state = entry.state("verified" if verified else "whole, not verified")
         if entry.step is None:
             shown.add_row(entry.path.name, *[""] * 5, state)
             continue
@@ -90,27 +146,27 @@ def table(entries: Sequence[Entry], *, verified: bool) -> Table:
     return shown
 
 
-def prune(path: Path, keep: int, *, dry_run: bool = False) -> Iterator[tuple[Path, str]]:
-    """Deletes all but the `keep` newest checkpoints of a run of which every byte is right; yields each that goes, and why.
+def prune(path: Path, keep: int, *, dry_run: bool = False) -> Iterator[tuple[Path, bool, str]]:
+    """Deletes all but the `keep` newest checkpoints of a run of which every byte is right; yields each that goes, or that stays and
+    is not known to be right, whether it goes, and why.
 
     Damaged ones go too. Raises CheckpointError, and deletes nothing, where none is right.
     """
     if keep < 1:
         raise CheckpointError(f"--keep {keep}: keep at least 1")
-    good, doomed, problems = 0, [], []
+    good, answers, wrong = 0, [], []
     for step in reversed(find(path)):
         if good == keep:
-            doomed.append((step, "a newer one is right" if keep == 1 else f"{keep} newer ones are right"))
-        elif found := damage(step):
-            doomed.append((step, "damaged"))
-            problems += found
+            answers.append((step, True, "a newer one is right" if keep == 1 else f"{keep} newer ones are right"))
+        elif found := problems(step):
+            verdict = judge(found)
+            answers.append((step, verdict is DAMAGE, verdict.reason))
+            wrong += found
         else:
             good += 1
     if not good:
-        raise CheckpointError(
-            "\n".join([*without_advice(problems), f"{path}: not one checkpoint is right, so that nothing was deleted"])
-        )
-    for step, reason in doomed:
-        if not dry_run:
+        raise CheckpointError("\n".join([*_lines(wrong), f"{path}: not one checkpoint is right, so that nothing was deleted"]))
+    for step, goes, reason in answers:
+        if goes and not dry_run:
             delete(step)
-        yield step, reason
+        yield step, goes, reason

@@ -7,8 +7,10 @@ were set aside because they are damaged (.damaged), or wait, for the moment betw
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
@@ -20,21 +22,37 @@ from torch import Tensor
 
 from longtrain.errors import CheckpointError
 from longtrain.files import sha256_of, sync_path
-from longtrain.train.checkpoint_format import DAMAGED, MANIFEST, STATE, Manifest, read_manifest, read_state
+from longtrain.train.checkpoint_format import (
+    DAMAGED,
+    MANIFEST,
+    STATE,
+    STEP_FOLDER,
+    Manifest,
+    UnreadableError,
+    read_manifest,
+    read_state,
+)
 from longtrain.train.threads import in_threads
 
-STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 def complete(folder: Path) -> list[Path]:
-    """Finished checkpoints under `folder`, by step, damaged ones too."""
+    """Finished checkpoints under `folder`, by step, damaged ones too; none where it does not exist.
+
+    Raises UnreadableError where it cannot be listed: what a run has learnt may be there.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = [match for entry in entries if (match := STEP_FOLDER.fullmatch(entry.name)) and entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UnreadableError(f"{folder}: cannot be listed: {error.strerror}; see to its permissions and its disk") from error
     steps: dict[int, Path] = {}
     # step-N sorts before step-N.replaced, which counts only where the rename after it never came
-    for path in sorted(folder.glob("step-*")):
-        match = STEP_FOLDER.fullmatch(path.name)
-        if match and path.is_dir():
-            steps.setdefault(int(match[1]), path)
+    for match in sorted(found, key=lambda match: match[0]):
+        steps.setdefault(int(match[1]), folder / match[0])
     return [steps[step] for step in sorted(steps)]
 
 
@@ -61,35 +79,42 @@ def digest_of(step: Path) -> str:
 
 
 def check_files(step: Path, manifest: Manifest, names: Iterable[str], *, content: bool = True) -> None:
-    """Raises CheckpointError that names the first of these files that is missing or not what was written.
+    """Raises CheckpointError that names the first of these files that is missing or not what was written, or UnreadableError.
 
     content: whether to read every byte; else only sizes are compared.
     """
     if found := _wrong_files(step, manifest, names, content):
-        raise CheckpointError(found[0])
+        raise found[0]
 
 
-def _wrong_files(step: Path, manifest: Manifest, names: Iterable[str], content: bool) -> list[str]:
-    """What is wrong with these files, in words, one line for every damaged one."""
+def _wrong_files(step: Path, manifest: Manifest, names: Iterable[str], content: bool) -> list[CheckpointError]:
+    """What is wrong with these files, one for every one that is."""
 
-    def wrong(name: str) -> str | None:
+    def wrong(name: str) -> CheckpointError | None:
         path, entry = step / name, manifest.files[name]
-        if not path.is_file():
-            return f"{path}: missing; {DAMAGED}"
-        if path.stat().st_size != entry.size:
-            return f"{path}: {path.stat().st_size} bytes instead of {entry.size}; {DAMAGED}"
         try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode):
+                return CheckpointError(f"{path}: missing; {DAMAGED}")
+            if found.st_size != entry.size:
+                return CheckpointError(f"{path}: {found.st_size} bytes instead of {entry.size}; {DAMAGED}")
             if content and sha256_of(path) != entry.sha256:
-                return f"{path}: SHA-256 differs from the manifest; {DAMAGED}"
+                return CheckpointError(f"{path}: SHA-256 differs from the manifest; {DAMAGED}")
+        except FileNotFoundError:
+            return CheckpointError(f"{path}: missing; {DAMAGED}")
         except OSError as error:
-            return f"{path}: cannot be read: {error.strerror}; {DAMAGED}"
+            return UnreadableError(f"{path}: cannot be read: {error.strerror}")
         return None
 
-    return [text for text in in_threads(wrong, names) if text is not None]
+    return [problem for problem in in_threads(wrong, names) if problem is not None]
 
 
-def damage(step: Path, *, content: bool = True) -> list[str]:
-    """What is wrong with a step folder, in words, one line for every damaged file; nothing where it is sound."""
+def problems(step: Path, *, content: bool = True) -> list[CheckpointError]:
+    """What is wrong with a step folder, one for every file; nothing where it is sound.
+
+    UnreadableError or OtherVersionError where that is all that is known of a file; any other says that it is damaged. content: as
+    for `check_files`.
+    """
     try:
         manifest = read_manifest(step)
         found = _wrong_files(step, manifest, sorted(manifest.files), content)
@@ -97,8 +122,13 @@ def damage(step: Path, *, content: bool = True) -> list[str]:
             read_state(step)
             check_ranges(step, manifest)
     except CheckpointError as error:
-        return [str(error)]
+        return [error]
     return found
+
+
+def damage(step: Path, *, content: bool = True) -> list[str]:
+    """`problems` in words, a line for each."""
+    return [str(problem) for problem in problems(step, content=content)]
 
 
 def verify(path: Path) -> Manifest:
@@ -157,7 +187,9 @@ class Pieces:
                 kind, parameter, start = match[1], match[2], int(match[3])
                 end = start + shape[0]
                 self._index.setdefault((kind, parameter), []).append((start, end, file, key))
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
+            raise UnreadableError(f"{self._step / file}: cannot be read: {error}") from error
+        except SafetensorError as error:
             raise CheckpointError(f"{self._step / file}: not readable: {error}") from error
 
     def find(self, kind: str, parameter: str, start: int, end: int) -> list[tuple[int, int, str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from longtrain.parallel.deepspeed import Engine
 from longtrain.recipe.load import dump_recipe, parse_recipe
 from longtrain.recipe.schema import Recipe
 from longtrain.train import checkpoint
-from longtrain.train.checkpoint_folder import check_files, complete, damage, find_latest, resolve
-from longtrain.train.checkpoint_format import STATE, TrainState, read_manifest, read_state
+from longtrain.train.checkpoint_folder import check_files, complete, digest_of, find_latest, problems, resolve
+from longtrain.train.checkpoint_format import MANIFEST, STATE, Origin, OtherVersionError, TrainState, read_manifest, read_state
 from longtrain.train.state import Progress, RecentLosses
 
 CHECKPOINTS = "checkpoints"
@@ -39,7 +40,7 @@ FREE_FIELDS = {
 }
 
 Damaged = tuple[Path, str]
-"""A checkpoint, and what is wrong with it."""
+"""A checkpoint that cannot be gone on from, and why."""
 Change = tuple[str, Any, Any]
 """A field of a recipe, its value before, and now."""
 
@@ -48,14 +49,15 @@ Change = tuple[str, Any, Any]
 class Start:
     """Where a run begins: at a checkpoint, or at step 0 where there is none.
 
-    remarks: what to tell the user. tracker: the id that an experiment tracker has the run under. damaged: newer checkpoints that
-    were passed over. earlier: given the reason for which this one is passed over too, where the run begins then; None where nothing
-    but this one will do.
+    remarks: what to tell the user. tracker: the id that an experiment tracker has the run under. origin: as in TrainState. damaged:
+    newer checkpoints that were passed over. earlier: given the reason for which this one is passed over too, where the run begins
+    then; None where nothing but this one will do.
     """
 
     checkpoint: Path | None
     remarks: tuple[str, ...] = ()
     tracker: str | None = None
+    origin: Origin | None = None
     damaged: tuple[Path, ...] = ()
     earlier: Callable[[str], Start] | None = None
 
@@ -64,35 +66,62 @@ def choose(recipe: Recipe, split: Split, wanted: str, *, force: bool = False) ->
     """Resolves --resume auto | never | PATH for the recipe of a plan and its data; writes nothing, and reads small files only, but
     for a checkpoint that it would refuse as another run's: one that is damaged is told to be that.
 
-    auto: the newest checkpoint of the run that is all there; `confirm` reads its bytes. force: go on from one of another recipe or
-    of other data. Raises CheckpointError where the checkpoint is missing, damaged, of another recipe or of other data, or would be
-    written over.
+    auto: the newest checkpoint of the run that is all there; `confirm` reads its bytes. PATH: that one; and auto where the run has
+    begun there already, so that the same command goes on. force: go on from one of another recipe or of other data. Raises
+    CheckpointError where the checkpoint is missing, damaged, of another recipe, other data or another version of longtrain, or
+    would be written over.
     """
     folder = Path(recipe.run_folder) / CHECKPOINTS
     latest = find_latest(folder)
     if wanted == "never":
         if latest is not None:
             raise CheckpointError(
-                f"{folder}: holds checkpoints of an earlier run, which --resume never would write over; set another name or "
-                "output, or delete the folder"
+                f"{folder}: holds checkpoints of an earlier run, which --resume never would write over; to go on from them, give "
+                "--resume auto; to start again, set another name or output, or delete the folder"
             )
         return Start(None)
     if wanted == "auto":
         return _newest(recipe, split, force, ())
+    if latest is not None and _began_at(folder, Path(wanted)):
+        start = _newest(recipe, split, force, ())
+        remark = f"this run began at {wanted}: it goes on from its newest checkpoint, as with --resume auto"
+        return replace(start, remarks=(remark, *start.remarks))
     path = find_checkpoint(Path(wanted))
     if latest is not None and latest.resolve() != path.resolve():
         # going on from an older step here would leave two futures in one folder, and auto would take the abandoned one
         raise CheckpointError(
-            f"{folder}: holds checkpoints up to {latest.name}; to go on from {path} instead, set another name or output, or "
-            "delete the newer ones"
+            f"{folder}: holds checkpoints up to {latest.name}; to go on from that one, give --resume auto; to go on from {path} "
+            "instead, set another name or output, or delete the newer ones"
         )
     if reason := _wrong(path, recipe, split, force):
         raise CheckpointError(reason)
-    return _start_at(path, recipe, split, force)
+    return replace(_start_at(path, recipe, split, force), origin=Origin(path=str(path.resolve()), manifest=digest_of(path)))
+
+
+def _began_at(folder: Path, wanted: Path) -> bool:
+    """Whether the run with these checkpoints began at the one, or at one of the run, that is wanted: by its digest, or by its place
+    where it is gone."""
+    origin = _origin_of(folder)
+    if origin is None:
+        return False
+    place = Path(origin.path)
+    if place.is_relative_to(wanted.resolve()):
+        # a run that was named may have saved newer ones, and deleted this one
+        return not (place / MANIFEST).exists() or digest_of(place) == origin.manifest
+    return digest_of(find_checkpoint(wanted)) == origin.manifest
+
+
+def _origin_of(folder: Path) -> Origin | None:
+    """Of the run with these checkpoints, by the newest that can be read."""
+    for path in reversed(complete(folder)):
+        with suppress(CheckpointError):
+            return read_state(path).origin
+    return None
 
 
 def confirm(ctx: ParallelContext, start: Start) -> Start:
-    """`start` when every byte of its checkpoint is what was written, or an earlier one of the run. A collective of all ranks.
+    """`start` when every byte of its checkpoint is what was written, or an earlier one of the run, the same on all ranks; what else
+    it says is then the main rank's. A collective of all ranks.
 
     Raises CheckpointError on every rank where there is none, or where the user asked for this one.
     """
@@ -103,12 +132,27 @@ def confirm(ctx: ParallelContext, start: Start) -> Start:
         except CheckpointError as error:
             if start.earlier is None:
                 raise
-            start = start.earlier(str(error))
+            start = _earlier(ctx, start, start.earlier, str(error))
     return start
 
 
+def _earlier(ctx: ParallelContext, start: Start, choose_earlier: Callable[[str], Start], reason: str) -> Start:
+    """What the main rank chooses: another may fail to read what it reads. A collective of all ranks."""
+    chosen: list[Start] = []
+
+    def ask() -> str | None:
+        if not ctx.is_main:
+            return None
+        chosen.append(choose_earlier(reason))
+        return str(chosen[0].checkpoint)
+
+    name = checkpoint.together(ctx, ask)[0]
+    return chosen[0] if ctx.is_main else replace(start, checkpoint=Path(name))
+
+
 def _newest(recipe: Recipe, split: Split, force: bool, damaged: Sequence[Damaged]) -> Start:
-    """The newest checkpoint of a run that is not `damaged` and has all its files."""
+    """The newest checkpoint of a run that is not `damaged` and has all its files. Raises OtherVersionError where it meets one of
+    another version: passed over, it would be set aside."""
     damaged, passed = list(damaged), {path for path, _ in damaged}
     for path in reversed(complete(Path(recipe.run_folder) / CHECKPOINTS)):
         if path in passed:
@@ -125,22 +169,24 @@ def _newest(recipe: Recipe, split: Split, force: bool, damaged: Sequence[Damaged
         )
     if damaged:
         lines = "\n".join(f"  {reason}" for _, reason in damaged)
-        raise CheckpointError(f"every checkpoint of this run is damaged:\n{lines}\nto start again from step 0, delete them")
+        raise CheckpointError(f"every checkpoint of this run is damaged or cannot be read:\n{lines}\nto start again, delete them")
     return Start(None)
 
 
 def _wrong(path: Path, recipe: Recipe, split: Split, force: bool) -> str | None:
     """What is wrong with the files of a checkpoint, as far as it can be told without reading tensors. They are read too where it
-    would be refused as another run's: damaged, it is no reason to refuse one that is older."""
+    would be refused as another run's: damaged, it is no reason to refuse one that is older. Raises OtherVersionError."""
     try:
         manifest = read_manifest(path)
         check_files(path, manifest, sorted(manifest.files), content=False)
         check_files(path, manifest, [STATE])
         state = read_state(path)
+    except OtherVersionError:
+        raise
     except CheckpointError as error:
         return str(error)
     refused = not force and _refusals(path, state, split, _changes_since(path, state, recipe))
-    return next(iter(damage(path)), None) if refused else None
+    return next((str(problem) for problem in problems(path)), None) if refused else None
 
 
 def _start_at(path: Path, recipe: Recipe, split: Split, force: bool) -> Start:
@@ -160,7 +206,7 @@ def _start_at(path: Path, recipe: Recipe, split: Split, force: bool) -> Start:
         )
     # a run of its own that goes on from the checkpoint of another has an id of its own
     own = path.parent.resolve() == (Path(recipe.run_folder) / CHECKPOINTS).resolve()
-    return Start(path, tuple(remarks), state.tracker if own else None)
+    return Start(path, tuple(remarks), state.tracker if own else None, state.origin)
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -185,8 +231,8 @@ def restore(engine: Engine, start: Path, *, verified: bool = False) -> Progress:
     )
 
 
-def state_of(recipe: Recipe, split: Split, progress: Progress, tracker: str | None) -> TrainState:
-    """What a checkpoint holds beside weights and moments; tracker: as in `Start`, on the main rank."""
+def state_of(recipe: Recipe, split: Split, progress: Progress, tracker: str | None, origin: Origin | None = None) -> TrainState:
+    """What a checkpoint holds beside weights and moments; tracker, origin: as in `Start`, on the main rank."""
     return TrainState(
         step=progress.step,
         tokens=progress.tokens,
@@ -204,6 +250,7 @@ def state_of(recipe: Recipe, split: Split, progress: Progress, tracker: str | No
         data=split.fingerprint,
         tokenizer=split.tokenizer.fingerprint,
         tracker=tracker,
+        origin=origin,
     )
 
 

@@ -59,7 +59,9 @@ def run_training(
                 Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
             return run.progress
         record = environment(ctx, run.progress.step)
-        together(ctx, lambda: _open_folder(run, start, record, draw, alone) if ctx.is_main else None)
+        together(ctx, lambda: _occupy(run, start, alone) if ctx.is_main else None)
+        if ctx.is_main:
+            _open_folder(run, start, record, draw)
         with Watchdog(ctx, run.folder, plan.recipe.guards.watchdog_seconds) as watchdog:
             # also within a long evaluation
             run.engine.model.register_forward_pre_hook(lambda *_: watchdog.alive())
@@ -107,9 +109,8 @@ def _occupy(run: Run, start: Start, alone: ExitStack) -> None:
         )
 
 
-def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw | None, alone: ExitStack) -> None:
+def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw | None) -> None:
     """The run's folder, what explains it, and the trackers."""
-    _occupy(run, start, alone)
     recipe, done = run.plan.recipe, run.progress.step
     # first, as leftovers may be renamed to what they were to replace
     aside = [f"{path.name} is now {set_aside(path).name}" for path in start.damaged]

@@ -145,7 +145,7 @@ class Watchdog:
         path = self._folder / STACKS / f"step-{step:08d}-rank-{self._rank:05d}.txt"
         reason = "another rank found all stuck" if self._others_end else f"no sign of life from any rank for {silent:.1f} s"
         headline = f"rank {self._rank}: stuck at step {step}, {phase}: {reason}"
-        ending = f"ending with exit code {STUCK}; the same command goes on from the newest checkpoint"
+        ending = f"ending with exit code {STUCK}; --resume auto goes on from the newest checkpoint"
         try:
             said = beside(lambda: say_on_stderr(f"{headline}; stacks of its threads: {path}; {ending}"))
             write = beside(lambda: _write_stacks(path, headline))

@@ -345,6 +345,37 @@ def test_files_outside_the_folder_are_refused(tmp_path: Path, engine: Any) -> No
         verify(path)
 
 
+def _load_apart(ctx: ParallelContext, steps: list[str]) -> str:
+    """What a rank says that reads a folder of its own."""
+    engine: Any = OneRank()
+    engine.ctx = ctx
+    with pytest.raises(CheckpointError) as refusal:
+        load(Path(steps[ctx.rank]), engine)
+    assert not engine.refreshed
+    return str(refusal.value)
+
+
+def test_ranks_that_read_different_checkpoints_are_refused(tmp_path: Path, engine: Any) -> None:
+    steps = [save(tmp_path, engine, make_state(step), keep=2) for step in (1, 2)]
+    other = save(tmp_path / "other", engine, make_state(1, loss=2.0), keep=2)
+    for second, read in ((steps[1], "step 2"), (other, "step 1")):
+        first, last = run_ranks(_load_apart, 2, [str(steps[0]), str(second)])
+        for said in (first, last):
+            assert f"rank 1 read another checkpoint than rank 0: {read}, manifest " in said
+
+
+def test_a_scaler_without_a_field_is_refused(tmp_path: Path) -> None:
+    class Strict(OneRank):
+        def set_scaler_state(self, state: dict[str, int | float] | None) -> None:
+            assert state is not None
+            self.scaler = {"cur_scale": state["cur_scale"], "cur_hysteresis": state["cur_hysteresis"]}
+
+    engine: Any = Strict()
+    path = save(tmp_path, engine, make_state(1), keep=1)
+    with pytest.raises(CheckpointError, match=r"state\.json: scaler: lacks 'cur_hysteresis'"):
+        load(path, engine)
+
+
 @pytest.mark.parametrize("names", [("a",), ("a", "b", "c")])
 def test_another_model_is_refused(tmp_path: Path, engine: Any, names: tuple[str, ...]) -> None:
     path = save(tmp_path, engine, make_state(1), keep=1)

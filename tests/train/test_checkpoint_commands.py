@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from longtrain.cli.train import _say_interrupted
 from longtrain.train.checkpoint_folder import complete, damage, verify
-from longtrain.train.checkpoint_format import read_manifest, write_manifest
+from longtrain.train.checkpoint_format import FileEntry, read_manifest, read_state, write_manifest
 from longtrain.train.tracking import METRICS_FILE, read_metrics
 from tests.user import CHECKPOINT, REPOSITORY, command, process, snapshot, train
 
@@ -142,6 +147,105 @@ def test_prune() -> None:
     assert "not one checkpoint is right, so that nothing was deleted" in said.text
     assert OLDER.exists()
     assert command("checkpoint", "prune", "run", "--keep", "0").code == 2
+
+
+def future(step: Path) -> None:
+    """A state.json with a field of a version to come, rightly signed."""
+    state = step / "state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"novelty": 1}))
+    entry = FileEntry(size=state.stat().st_size, sha256=hashlib.sha256(state.read_bytes()).hexdigest())
+    manifest = read_manifest(step)
+    write_manifest(step / "manifest.json", manifest.model_copy(update={"files": manifest.files | {"state.json": entry}}))
+
+
+def test_what_another_version_wrote_is_left_alone() -> None:
+    future(CHECKPOINT)
+    before = snapshot()
+    assert command("checkpoint", "ls", "run").text.splitlines()[2].split() == [CHECKPOINT.name, "OTHER", "VERSION"]
+    said = command("checkpoint", "verify", "run")
+    assert said.code == 2
+    assert f"{CHECKPOINT}: OTHER VERSION" in said.text
+    assert "damaged" not in said.text
+    reason = f"{CHECKPOINT}/state.json: novelty: Extra inputs are not permitted; another version of longtrain wrote this checkpoint"
+    assert reason in said.text
+    said = train("--set", "training.steps=4")
+    assert said.code == 2
+    assert reason in said.text
+    said = command("checkpoint", "prune", "run", "--keep", "1")
+    assert (said.code, said.text) == (0, f"left {CHECKPOINT} (another version of longtrain wrote it)\n")
+    assert snapshot() == before
+
+
+def test_what_cannot_be_read_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def refuse(path: Path, *more: Any, **options: Any) -> Any:
+        if path == CHECKPOINT / TENSORS:
+            raise PermissionError(13, os.strerror(13), str(path))
+        return opened(path, *more, **options)
+
+    before = snapshot()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        said = command("checkpoint", "prune", "run", "--keep", "1")
+        assert (said.code, said.text) == (0, f"left {CHECKPOINT} (cannot be read, and may be right)\n")
+        said = command("checkpoint", "ls", "run", "--verify")
+    assert said.code == 2
+    assert said.text.splitlines()[2].split()[-1] == "UNREADABLE"
+    assert f"{CHECKPOINT}/{TENSORS}: cannot be read: Permission denied\n" in said.text
+    assert "see to its permissions" in said.text
+    assert snapshot() == before
+
+
+def test_one_that_waits_to_be_replaced_is_set_aside_too() -> None:
+    waiting = CHECKPOINT.rename(CHECKPOINT.with_name(f"{CHECKPOINT.name}.replaced"))
+    flip(waiting / TENSORS)
+    said = train("--set", "training.steps=4")
+    assert said.code == 0, said.text
+    assert f"{waiting.name} is now {waiting.name}.damaged" in said.text
+    assert [path.name for path in complete(FOLDER)] == ["step-00000003", "step-00000004"]
+
+
+def test_the_same_command_goes_on() -> None:
+    """From the checkpoint of another run, stopped, started again, and started once more when it is done."""
+    named = ("--set", "output=new", "--set", "training.steps=6", "--resume", str(CHECKPOINT))
+    said = train(*named, "--until", "4")
+    assert "stopped at step 4, as asked; the command without --until goes on from there" in said.text
+    own = Path("new/checkpoints/step-00000004")
+    origin = read_state(own).origin
+    assert origin is not None
+    assert origin.path == str(CHECKPOINT.resolve())
+    shutil.rmtree("run")
+    said = train(*named)
+    assert said.code == 0, said.text
+    assert f"this run began at {CHECKPOINT}: it goes on from its newest checkpoint, as with --resume auto" in said.text
+    assert f"resuming {own} (step 4)" in said.text
+    assert read_state(Path("new/checkpoints/step-00000006")).origin == origin
+    before = snapshot(Path("new"))
+    said = train(*named)
+    assert "nothing to do: new is at step 6 already" in said.text
+    assert snapshot(Path("new")) == before
+
+
+def test_never_says_which_command_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said = train("--set", "output=new", "--resume", "never", "--until", "1")
+    assert "the command with --resume auto and without --until goes on from there" in said.text
+    said = train("--set", "output=new", "--resume", "never")
+    assert said.code == 2
+    assert "to go on from them, give --resume auto" in said.text
+    _say_interrupted(Path("new"), "never")
+    _say_interrupted(Path("run"), "auto")
+    assert capsys.readouterr().err.splitlines() == [
+        "interrupted; the command with --resume auto goes on from new/checkpoints/step-00000001",
+        f"interrupted; the same command goes on from {CHECKPOINT}",
+    ]
+
+    def refuse(path: Path) -> Any:
+        raise PermissionError(13, os.strerror(13), str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    _say_interrupted(Path("run"), "auto")
+    assert capsys.readouterr().err.startswith("interrupted; run/checkpoints: cannot be listed: Permission denied")
 
 
 def test_auto_passes_over_damaged_ones_loudly() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from longtrain.errors import CheckpointError
 from longtrain.parallel.context import ParallelContext
-from longtrain.parallel.deepspeed import MOMENTS
+from longtrain.parallel.deepspeed import MOMENTS, Engine
 from longtrain.parallel.mailbox import Mailbox
 from longtrain.train import checkpoint, threads
 from longtrain.train.checkpoint import Saver, load
@@ -112,6 +112,50 @@ def test_without_memory_for_a_copy_the_same_is_written_at_once(
     assert verify(saved.path).files == verify(tmp_path / "copied/step-00000001").files
 
 
+def refuse_threads(patch: pytest.MonkeyPatch) -> None:
+    """As where a limit on processes is reached."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    patch.setattr(threading.Thread, "start", refuse)
+
+
+def test_without_a_thread_the_same_is_written_at_once(tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (checkpoint, threads):
+        monkeypatch.setattr(module, "usable_cores", lambda: 2)
+    behind = Saver(engine.ctx, 18)
+    behind.begin(tmp_path / "behind", engine, make_state(1), keep=1)
+    assert behind.settle()
+    alone = Saver(engine.ctx, 18)
+    with monkeypatch.context() as patch:
+        refuse_threads(patch)
+        reason = alone.begin(tmp_path / "alone", engine, make_state(1), keep=1)
+    assert reason == "no thread for the background: can't start new thread"
+    assert alone.finished, "written before training goes on"
+    alone.close()
+    saved = alone.settle()
+    assert saved is not None
+    assert verify(saved.path).files == verify(tmp_path / "behind/step-00000001").files
+
+
+def test_nobody_waits_for_a_save_that_nobody_writes(tmp_path: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(BaseException):
+        """As KeyboardInterrupt, which pytest would take for its own."""
+
+    def interrupt(*arguments: Any) -> Any:
+        raise Interrupted
+
+    saver = Saver(engine.ctx)
+    monkeypatch.setattr(checkpoint, "available_memory", lambda: 100)
+    monkeypatch.setattr(checkpoint, "write_tensors", interrupt)
+    with pytest.raises(Interrupted):
+        saver.begin(tmp_path, engine, make_state(1), keep=1)
+    assert not saver.busy
+    assert saver.settle() is None
+    assert find_latest(tmp_path) is None
+
+
 @pytest.mark.parametrize("part", [1, 4, 5, 7, 24, 36])
 def test_a_large_rank_is_several_files(tmp_path: Path, engine: Any, part: int) -> None:
     saver = Saver(engine.ctx, part)
@@ -193,6 +237,46 @@ def _io_error() -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
+class Gone:
+    """A store whose server is gone, for who asks for this; what is set is lost with it."""
+
+    def __init__(self, store: Any, operation: str) -> None:
+        self._store, self._operation = store, operation
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._operation:
+            raise RuntimeError("Broken pipe")
+        return getattr(self._store, name)
+
+
+def _save_without_a_store(ctx: ParallelContext, folder: Path, operation: str) -> tuple[list[str], str | None]:
+    engine, saver = make_engine(ctx, stage=1), Saver(ctx)
+    mailbox: Any = saver._mailbox
+    mailbox._store = Gone(mailbox._store, operation)
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        for step in (1, 2):
+            if step == 2:
+                patch.setattr(checkpoint, "publish", lambda *_: _io_error())
+            saver.begin(folder, engine, make_state(step), keep=5)
+            try:
+                saved = saver.settle()
+                assert saved is not None
+                said.append(saved.remark or "")
+            except CheckpointError as error:
+                said.append(str(error))
+    return said, None if find_latest(folder) is None else verify(folder / "step-00000001").sha256
+
+
+@pytest.mark.parametrize("operation", ["set", "check"])
+def test_ranks_save_together_when_their_store_is_gone(tmp_path: Path, operation: str) -> None:
+    """At every post, and where only the main rank hears nothing."""
+    for said, digest in run_ranks(_save_without_a_store, 2, tmp_path, operation):
+        assert said[0].startswith("torchrun is gone, or its host")
+        assert "Input/output error" in said[1]
+        assert digest is not None
+
+
 def test_ranges_are_dealt_to_files_in_order() -> None:
     ranges = [("master/a", 3, torch.arange(5.0)), ("master/b", 0, torch.arange(0.0)), ("exp_avg/a", 3, torch.arange(4.0))]
     parts = parts_of(2, ranges, 3)
@@ -260,6 +344,7 @@ def _two_ranks(ctx: ParallelContext, base: str) -> dict[str, Any]:
         gate.error = None
         saver.begin(folder, engine, make_state(3), keep=5)
         saver.settle()
+    seen["starved"] = _starved(ctx, saver, folder, engine)
     seen["found"] = [path.name for path in sorted(folder.iterdir())]
     other = make_engine(ctx, stage=1)
     for piece in other.held_ranges():
@@ -270,12 +355,36 @@ def _two_ranks(ctx: ParallelContext, base: str) -> dict[str, Any]:
     return seen
 
 
+def _starved(ctx: ParallelContext, saver: Saver, folder: Path, engine: Engine) -> list[str | None]:
+    """What both ranks get where one has no memory for its moments, and where one has no thread."""
+
+    def exhaust() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found: list[str | None] = []
+    with pytest.MonkeyPatch.context() as patch:
+        if ctx.rank == 1:
+            patch.setattr(engine, "create_moments", exhaust)
+        try:
+            saver.begin(folder, engine, make_state(4), keep=5)
+        except CheckpointError as error:
+            found.append(str(error))
+    with pytest.MonkeyPatch.context() as patch:
+        if ctx.rank == 1:
+            refuse_threads(patch)
+        found.append(saver.begin(folder, engine, make_state(5), keep=5))
+    saver.settle()
+    return found
+
+
 def test_two_ranks_publish_together_or_not_at_all(tmp_path: Path) -> None:
-    for seen in run_ranks(_two_ranks, 2, str(tmp_path)):
+    reasons = [None, "no thread for the background: can't start new thread"]
+    for reason, seen in zip(reasons, run_ranks(_two_ranks, 2, str(tmp_path)), strict=True):
         assert not seen["early"], "the other rank was still writing"
         assert seen["saved"] == "step-00000001"
         assert seen["error"] == "rank 1: OSError: [Errno 5] Input/output error"
-        assert seen["found"] == ["step-00000001", "step-00000003"]
+        assert seen["starved"] == ["rank 1: OutOfMemoryError: CUDA out of memory", reason]
+        assert seen["found"] == ["step-00000001", "step-00000003", "step-00000005"]
         assert seen["loaded"]
     files = verify(tmp_path / "step-00000003").files
     assert {"rank-00000-00000.safetensors", "rank-00001-00001.safetensors", "state.json"} <= files.keys()

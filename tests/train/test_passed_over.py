@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +19,25 @@ from torch import Tensor
 
 from longtrain.data.mixture import Split
 from longtrain.errors import CheckpointError
+from longtrain.parallel.context import ParallelContext
 from longtrain.plan import make_plan
 from longtrain.train import checkpoint
 from longtrain.train.assemble import open_data
 from longtrain.train.checkpoint import check_together
-from longtrain.train.checkpoint_folder import damage
-from longtrain.train.checkpoint_format import MANIFEST, Manifest, write_manifest
+from longtrain.train.checkpoint_folder import complete, damage, problems
+from longtrain.train.checkpoint_format import (
+    MANIFEST,
+    STATE,
+    Manifest,
+    OtherVersionError,
+    UnreadableError,
+    read_manifest,
+    read_state,
+    write_manifest,
+)
 from longtrain.train.resume import CHECKPOINTS, choose, confirm, state_of
 from longtrain.train.state import Progress
+from tests.distributed import run_ranks
 from tests.one_rank import OneRank
 from tests.tiny import tiny_recipe, write_corpus
 
@@ -63,13 +78,13 @@ def _sign(step: Path, **fields: Any) -> None:
     write_manifest(step / MANIFEST, Manifest.model_validate(text))
 
 
-def _rewrite(content: bytes) -> Callable[[Path], None]:
+def _rewrite(content: bytes, name: str = TENSORS) -> Callable[[Path], None]:
     """A rank file that is something else, rightly signed."""
 
     def change(step: Path) -> None:
-        (step / TENSORS).write_bytes(content)
+        (step / name).write_bytes(content)
         files = json.loads((step / MANIFEST).read_text())["files"]
-        _sign(step, files=files | {TENSORS: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
+        _sign(step, files=files | {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
 
     return change
 
@@ -164,3 +179,139 @@ def test_damage_comes_before_another_recipe(tmp_path: Path, data: Path) -> None:
     assert chain.start(force=True).checkpoint == second
     with pytest.raises(CheckpointError, match=f"{TENSORS}: SHA-256 differs"):
         chain.start(str(third))
+
+
+@contextmanager
+def _failing(patched: tuple[object, str], wanted: Path, code: int) -> Iterator[None]:
+    """A call that fails where it is about one path."""
+    owner, name = patched
+    call = getattr(owner, name)
+
+    def fail(path: Any, *more: Any, **options: Any) -> Any:
+        if Path(path) == wanted:
+            raise OSError(code, os.strerror(code), str(path))
+        return call(path, *more, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        yield
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path, data: Path, code: int) -> None:
+    chain = Chain(tmp_path / "run", data)
+    folder = tmp_path / "run" / CHECKPOINTS
+    for wanted in ("auto", "never", str(folder)):
+        with _failing((os, "scandir"), folder, code), pytest.raises(UnreadableError, match="cannot be listed") as refusal:
+            chain.start(wanted)
+        assert str(folder) in str(refusal.value)
+    assert complete(tmp_path / "none") == []
+    assert complete(chain.steps[0] / TENSORS) == [], "a file"
+
+
+@pytest.mark.parametrize(
+    ("patched", "name", "code"),
+    [((Path, "stat"), TENSORS, errno.EIO), ((Path, "stat"), STATE, errno.ESTALE), ((Path, "read_bytes"), MANIFEST, errno.EACCES)],
+)
+def test_what_cannot_be_read_is_passed_over_and_not_called_damaged(
+    tmp_path: Path, data: Path, patched: tuple[object, str], name: str, code: int
+) -> None:
+    chain = Chain(tmp_path / "run", data)
+    *_, second, third = chain.steps
+    with _failing(patched, third / name, code):
+        start = chain.start()
+        assert [type(problem) for problem in problems(third)] == [UnreadableError]
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            chain.start(str(third))
+    assert (start.checkpoint, start.damaged) == (second, (third,))
+    assert start.remarks[0] == f"WARNING: passed over {third.name}: {third / name}: cannot be read: {os.strerror(code)}"
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path, data: Path) -> None:
+    chain = Chain(tmp_path / "run", data)
+    _, second, third = chain.steps
+    copy = third.with_name("step-00000009")
+    shutil.copytree(second, copy)
+    reason = f"{copy / MANIFEST}: is of step 2, and its folder, step-00000009, was copied or renamed"
+    start = chain.start()
+    assert (start.checkpoint, start.damaged) == (third, (copy,))
+    assert start.remarks[0].startswith(f"WARNING: passed over {copy.name}: {reason}; the checkpoint is damaged")
+    assert damage(copy)[0].startswith(reason)
+    with pytest.raises(CheckpointError, match="was copied or renamed"):
+        chain.start(str(copy))
+    for name in ("step-00000003.replaced", "best"):
+        third = third.rename(third.with_name(name))
+        assert damage(third) == []
+
+
+def _future_state(step: Path) -> None:
+    """A state.json with a field that this version does not know, rightly signed."""
+    _rewrite(json.dumps(json.loads((step / STATE).read_text()) | {"novelty": 1}).encode(), STATE)(step)
+
+
+def _future_manifest(step: Path) -> None:
+    """A manifest of a version to come, which signs as this one."""
+    text = (step / MANIFEST).read_text().replace('"version": 2', '"version": 3').encode()
+    own = json.loads(text)["sha256"].encode()
+    digest = hashlib.sha256(text.replace(own, b"0" * 64, 1)).hexdigest()
+    (step / MANIFEST).write_bytes(text.replace(own, digest.encode(), 1))
+
+
+def _past_manifest(step: Path) -> None:
+    """A manifest of version 1, which had no digest of its own."""
+    fields = json.loads((step / MANIFEST).read_text()) | {"version": 1}
+    del fields["sha256"]
+    (step / MANIFEST).write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"), [(_future_state, "novelty"), (_future_manifest, "version"), (_past_manifest, "version")]
+)
+def test_one_of_another_version_is_refused_and_not_set_aside(
+    tmp_path: Path, data: Path, change: Callable[[Path], None], field: str
+) -> None:
+    chain = Chain(tmp_path / "run", data)
+    third = chain.steps[-1]
+    change(third)
+    assert [type(problem) for problem in problems(third)] == [OtherVersionError]
+    for wanted in ("auto", str(third)):
+        with pytest.raises(OtherVersionError, match=f"{field}: .*another version of longtrain wrote this checkpoint"):
+            chain.start(wanted)
+    # not as it was written, it is damaged
+    name = STATE if change is _future_state else MANIFEST
+    (third / name).write_bytes((third / name).read_bytes()[:-9])
+    assert chain.start().damaged == (third,)
+
+
+def test_a_checkpoint_from_before_runs_told_where_they_began(tmp_path: Path, data: Path) -> None:
+    third = Chain(tmp_path / "run", data).steps[-1]
+    fields = json.loads((third / STATE).read_text())
+    assert fields.pop("origin") is None
+    _rewrite(json.dumps(fields).encode(), STATE)(third)
+    assert damage(third) == []
+    assert read_state(third).origin is None
+    assert read_manifest(third).step == 3
+
+
+def _confirm(ctx: ParallelContext, overrides: tuple[str, ...], unreadable: Path) -> tuple[str, bool]:
+    """The checkpoint that a rank goes on from, where the last one cannot read a file once the ranks have met, and whether it tells
+    the reasons."""
+    recipe = tiny_recipe(*overrides)
+    start = choose(recipe, open_data(make_plan(recipe, 1, "cpu"))[0], "auto")
+    if ctx.is_main:
+        return _told(confirm(ctx, start))
+    with _failing((Path, "read_bytes"), unreadable, errno.EIO):
+        return _told(confirm(ctx, start))
+
+
+def _told(start: Any) -> tuple[str, bool]:
+    return start.checkpoint.name, len(start.remarks) > 1
+
+
+def test_ranks_go_on_from_the_same_one_also_where_one_of_them_cannot_read(tmp_path: Path, data: Path) -> None:
+    chain = Chain(tmp_path / "run", data)
+    first, second, third = chain.steps
+    _flip(third)
+    results = run_ranks(_confirm, 2, chain.overrides, second / MANIFEST)
+    assert [name for name, _ in results] == [first.name] * 2
+    assert results[0][1], "the main rank says what was passed over"

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
 
-from longtrain.errors import CheckpointError
+from longtrain.data.json_tokenizer import JsonTokenizer
+from longtrain.data.manifest import MANIFEST, TOKENIZER_JSON
+from longtrain.data.tokenizer import entry_of
+from longtrain.errors import CheckpointError, DataError
 from longtrain.kernels.language import interprets
 from longtrain.models.families import hugging_face_names
 from longtrain.parallel.context import ParallelContext
 from longtrain.plan import make_plan
-from longtrain.train.assemble import assemble, open_data
+from longtrain.plan.describe import describe
+from longtrain.train.assemble import assemble, open_data, open_weights, warnings
 from longtrain.train.resume import Start
 from longtrain.train.step import prepare_step, train_step
 from tests.distributed import RankError, run_ranks
@@ -32,10 +38,7 @@ CONFIGS = {
 
 
 def _recipe(folder: str, name: str, *overrides: str) -> Any:
-    base = [f"data.path={folder}/data", f"output={folder}/run", f"model.init={folder}/{name}", *overrides]
-    if name == "opt":
-        base += ["model.family=opt", "model.kv_heads=4", "model.tied_embeddings=true"]
-    return tiny_recipe(*base)
+    return tiny_recipe(f"data.path={folder}/data", f"output={folder}/run", f"model.init={folder}/{name}", *overrides)
 
 
 def _start(ctx: ParallelContext, folder: str, name: str, overrides: list[str]) -> dict[str, Any]:
@@ -93,3 +96,36 @@ def test_weights_that_are_not_whole_are_refused_on_every_rank(folder: Path) -> N
     next((folder / "broken").glob("model-00002*")).unlink()
     with pytest.raises(RankError, match=CheckpointError.__name__):
         run_ranks(_start, 2, str(folder), "broken", ["zero.stage=3"])
+
+
+def _letters(letters: str) -> JsonTokenizer:
+    vocab = {name: index for index, name in enumerate(["<s>", "</s>", *letters])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    made.add_special_tokens(["<s>", "</s>"])
+    return JsonTokenizer(made.to_str().encode(), 0, 1)
+
+
+def test_data_of_another_tokenizer_than_the_weights(folder: Path, tmp_path: Path) -> None:
+    """A run does not begin; one that goes on is past it."""
+    data, init = write_corpus(tmp_path / "data", 3), shutil.copytree(folder / "llama", tmp_path / "llama")
+    own, other = _letters("abcdef"), _letters("badcfe")
+    manifest = json.loads((data / MANIFEST).read_bytes())
+    (data / MANIFEST).write_text(json.dumps(manifest | {"tokenizer": entry_of(own).model_dump()}))
+    (data / TOKENIZER_JSON).write_bytes(own.model)
+    (init / TOKENIZER_JSON).write_bytes(other.model)
+    plan = make_plan(_recipe(str(tmp_path), "llama", "training.sequence_length=49"), 1, "cpu")
+    with pytest.raises(DataError, match=rf"^data\.path: {data} was prepared with another tokenizer .* of model\.init {init}, "):
+        open_weights(plan, Start(None))
+    assert open_weights(plan, Start(data)) is None
+    told = [text for what, text in describe(plan) if what == "warning"]
+    assert [text.split(":")[0] for text in told] == [
+        "the weights of model.init know 48 positions; those beyond, up to 49, are new to them",
+        "a new run is refused",
+    ]
+
+    (init / TOKENIZER_JSON).write_bytes(own.model)
+    assert open_weights(plan, Start(None)) is not None
+    split = open_data(plan)[0]
+    told = [f"warning: {text}" for what, text in describe(plan) if what == "warning"]
+    assert len(told) == 1
+    assert warnings(split, plan) == [*warnings(split), *told]

@@ -21,12 +21,15 @@ from longtrain.parallel.deepspeed import MOMENTS
 from longtrain.plan import make_plan
 from longtrain.train import assemble as assembly
 from longtrain.train.assemble import open_data
-from longtrain.train.checkpoint_format import read_state
+from longtrain.train.checkpoint import save as save_checkpoint
+from longtrain.train.checkpoint_folder import digest_of
+from longtrain.train.checkpoint_format import Origin, read_state
 from longtrain.train.resume import Start, choose
 from longtrain.train.run import run_training
 from longtrain.train.state import Progress
 from longtrain.train.tracking import METRICS_FILE, read_metrics
 from tests.distributed import run_ranks
+from tests.one_rank import OneRank
 from tests.tiny import tiny_recipe, write_corpus
 
 STEPS, HALF, BATCH = 10, 5, 4
@@ -245,6 +248,55 @@ def test_an_older_step_beside_newer_ones_is_refused(trained: Path, tmp_path: Pat
         pick(tmp_path, "run", str(older), data=trained / "data")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000009")
     assert pick(tmp_path, "run", str(older), data=trained / "data").checkpoint == older
+
+
+def copy_newest(source: Path, run: Path, *, step: int, origin: Origin | None) -> Path:
+    """Makes a run of one checkpoint, for that step, of which the run began at `origin`."""
+    engine: Any = OneRank()
+    state = read_state(source / "run/checkpoints/step-00000002").model_copy(update={"step": step, "origin": origin})
+    return save_checkpoint(run / "checkpoints", engine, state, keep=3)
+
+
+def test_the_checkpoint_that_a_run_began_at_names_its_newest(trained: Path, tmp_path: Path) -> None:
+    """The same command goes on: a restart by torchrun or Slurm gives the --resume PATH of the first start."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    named, data = tmp_path / "run/checkpoints/step-00000002", trained / "data"
+    origin = pick(tmp_path, "new", str(named), data=data).origin
+    assert origin == Origin(path=str(named), manifest=digest_of(named))
+    newest = copy_newest(trained, tmp_path / "new", step=5, origin=origin)
+
+    def goes_on(path: Path) -> bool:
+        start = pick(tmp_path, "new", str(path), data=data)
+        assert start.origin == origin
+        assert start.earlier is not None
+        assert start.remarks[0].startswith(
+            f"this run began at {path}: it goes on from its newest checkpoint, as with --resume auto"
+        )
+        return start.checkpoint == newest
+
+    moved = shutil.copytree(named, tmp_path / "moved")
+    for path in (named, tmp_path / "run", tmp_path / "run/checkpoints", moved):
+        assert goes_on(path), path
+    assert pick(tmp_path, "new", "auto", data=data).origin == origin
+    later = copy_newest(trained, tmp_path / "run", step=3, origin=None)
+    assert goes_on(tmp_path / "run"), "the run that was named has newer ones by now"
+    refused = f"new/checkpoints: holds checkpoints up to {newest.name}; to go on from that one, give --resume auto"
+    with pytest.raises(CheckpointError, match=refused):
+        pick(tmp_path, "new", str(later), data=data)
+    shutil.rmtree(named)
+    for path in (named, tmp_path / "run", moved):
+        assert goes_on(path), path
+    copy_newest(trained, tmp_path / "run", step=2, origin=None)
+    with pytest.raises(CheckpointError, match=refused):
+        pick(tmp_path, "new", str(named), data=data)
+
+
+def test_a_run_that_goes_on_from_its_own_by_name(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "run", tmp_path / "run")
+    named, data = tmp_path / "run/checkpoints/step-00000002", trained / "data"
+    origin = pick(tmp_path, "run", str(named), data=data).origin
+    newest = copy_newest(trained, tmp_path / "run", step=5, origin=origin)
+    assert pick(tmp_path, "run", str(named), data=data).checkpoint == newest
 
 
 def test_another_recipe_is_refused_by_its_differences(trained: Path) -> None:

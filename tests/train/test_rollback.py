@@ -31,11 +31,11 @@ STEPS, BATCH, LENGTH = 6, 4, 48
 
 
 def _train(
-    ctx: ParallelContext, overrides: Sequence[str], broken: Sequence[int], stop: bool = False, flipped: Sequence[str] = ()
+    ctx: ParallelContext, overrides: Sequence[str], broken: Sequence[int], stop: str | bool = False, flipped: Sequence[str] = ()
 ) -> tuple[str, str, list[int]]:
     """What was printed, the refusal, and the data cursor of every forward. broken: positions of the data, in steps from 0, whose
-    loss is infinite on the last rank. stop: whether to be stopped right after a roll-back. flipped: files in which a bit flips
-    when the first loss is infinite."""
+    loss is infinite on the last rank. stop: whether to be stopped right after a roll-back, or "skipping" for after a skipped step.
+    flipped: files in which a bit flips when the first loss is infinite."""
     plan = make_plan(tiny_recipe(*overrides), ctx.world, "cpu")
     split, _ = open_data(plan)
     start = choose(plan.recipe, split, "auto")
@@ -56,7 +56,9 @@ def _train(
         return loss + float("inf") if ctx.rank == ctx.world - 1 and cursors[-1] // BATCH in broken else loss
 
     def asked() -> bool:
-        return stop and bool(runs) and runs[0].progress.roll_backs > 0
+        if stop == "skipping":
+            return bool(runs) and runs[0].progress.skipped_in_row > 0
+        return bool(stop) and bool(runs) and runs[0].progress.roll_backs > 0
 
     def remembered(run: Run) -> None:
         made(run)
@@ -149,6 +151,22 @@ def test_going_back_ends(tmp_path: Path) -> None:
     said, refused, _ = results[2]
     assert refused == ""
     assert said.count("rolled back to step-00000002") == 2, "nobody knows about the new step 3"
+
+
+def test_what_may_be_spoilt_does_not_push_out_what_is_not(tmp_path: Path) -> None:
+    """Checkpoint 3 may be spoilt, and so may those that are saved while 4 and later are skipped: 2 stays."""
+    write_corpus(tmp_path / "data", 31)
+    common = [f"data.path={tmp_path / 'data'}", "training.steps=9", "checkpoint.every=1", "checkpoint.keep=2"]
+    ending = [*common, "training.max_skipped=4", f"output={tmp_path / 'ending'}"]
+    back = [*common, "training.max_skipped=3", "guards.on_max_skipped=roll_back", f"output={tmp_path / 'back'}"]
+    results = run_ranks(_train_all, 1, [(ending, range(3, 99)), (back, [3, 4, 5], "skipping"), (back, [3, 4, 5])])[0]
+    assert f"the last good checkpoint is {tmp_path}/ending/checkpoints/step-00000002" in results[0][1]
+    assert [path.name[-1] for path in sorted((tmp_path / "ending" / CHECKPOINTS).iterdir())] == ["2", "5", "6"]
+    assert "saved" in results[1][0]
+    assert "rolled back to step-00000002" in results[2][0]
+    assert [path.name[-1] for path in sorted((tmp_path / "back" / CHECKPOINTS).glob("step-????????"))] == ["8", "9"], (
+        "it goes in the end"
+    )
 
 
 def test_a_damaged_checkpoint_is_no_place_to_go_back_to(tmp_path: Path) -> None:
