@@ -253,11 +253,12 @@ def check_export(run: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from longtrain.attention import AttentionMask, Band
+    from longtrain.models.huggingface import APART
     from longtrain.parallel.zero_config import DTYPES
     from longtrain.train.export import load_trained
 
     folder = run / "huggingface"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder / APART if (folder / APART).exists() else folder)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
     found = theirs(tokens).logits

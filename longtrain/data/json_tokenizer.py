@@ -147,8 +147,14 @@ def _of_vocabulary(path: Path) -> bytes:
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
     config = _config(path.with_name(CONFIG))
-    special = (_content(config.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad"))
-    made.add_special_tokens([token for token in dict.fromkeys(special) if token and made.token_to_id(token) is not None])
+    named = {name: _content(config.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
+    known = {name: token for name, token in named.items() if token and made.token_to_id(token) is not None}
+    made.add_special_tokens(list(dict.fromkeys(known.values())))
+    # what an export calls unk and pad; no text gains a token, as no byte is unknown and padding is left out
+    if "unk" in known and made.get_vocab().keys() >= set(tokenizers.pre_tokenizers.ByteLevel.alphabet()):
+        model.unk_token = known["unk"]
+    if "pad" in known:
+        made.enable_padding(pad_token=known["pad"], pad_id=made.token_to_id(known["pad"]))
     return made.to_str().encode()
 
 

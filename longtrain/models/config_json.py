@@ -12,9 +12,11 @@ import torch
 
 from longtrain.errors import CheckpointError, PlanError
 from longtrain.models.config import ModelConfig
-from longtrain.models.rope import LENGTH, LISTS, SCALINGS, Dynamic, RopeScaling, make_scaling, to_hugging_face
+from longtrain.models.rope import LENGTH, LISTS, SCALINGS, Dynamic, LongRope, RopeScaling, kind_of, make_scaling, to_hugging_face
 
 CONFIG = "config.json"
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""What layer_types calls attention without and with a window."""
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None) -> dict[str, object]:
@@ -22,6 +24,27 @@ def config_json(config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: i
     name = str(dtype).removeprefix("torch.")
     shared = {"bos_token_id": bos, "eos_token_id": eos, "use_cache": True, "dtype": name, "torch_dtype": name}
     return _WRITERS[config.family](config) | shared
+
+
+def differs_when_shorter(config: ModelConfig) -> str | None:
+    """Why transformers computes something else than training for inputs shorter than the training length; None: it does not.
+
+    It chooses the frequencies of these scalings by the length of each input, training had those of one length (models/rope.py).
+    """
+    scaling = config.rope_scaling
+    if not isinstance(scaling, Dynamic | LongRope) or scaling.length <= scaling.original_length:
+        return None
+    before = f"rope_scaling {kind_of(scaling)}: the export computes what was trained for inputs of "
+    if isinstance(scaling, LongRope):
+        return (
+            f"{before}more than {scaling.original_length} tokens. For shorter ones transformers takes short_factor, which this "
+            f"training never did: for them write the numbers of long_factor there too, in {CONFIG}"
+        )
+    return (
+        f"{before}{scaling.length} tokens. For every shorter one transformers raises rope_theta less than training did, up to "
+        f"{scaling.original_length} tokens not at all: for them write the raised one to {CONFIG}, without scaling, as "
+        "docs/attention.md says"
+    )
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -176,14 +199,14 @@ class _Fields:
         if value != wanted:
             raise self.refusal(name, f"{_short(value)} is not implemented, only {wanted!r}")
 
-    def window(self, value: int | None) -> int | None:
-        """`value`, unless layer_types says something else about some layer."""
+    def layer_kind(self) -> str | None:
+        """What layer_types says, which must be the same of every layer; None where it says nothing."""
         given = self.content.get("layer_types") or []
         if not isinstance(given, list) or not all(isinstance(kind, str) for kind in given):
             raise self.refusal("layer_types", f"expected a list of names, found {_short(given)}")
-        if set(given) - ({"full_attention"} if value is None else {"sliding_attention"}):
+        if len(set(given)) > 1:
             raise self.refusal("layer_types", "layers of different kinds are not implemented")
-        return value
+        return given[0] if given else None
 
 
 def _is_number(value: object) -> bool:
@@ -201,7 +224,9 @@ def _short(value: object) -> str:
 def _read_llama(fields: _Fields) -> ModelConfig:
     fields.must_be("attention_bias", False, False)
     fields.must_be("mlp_bias", False, False)
-    return _read_rotary("llama", fields, fields.window(None))
+    if fields.layer_kind() not in (None, FULL):
+        raise fields.refusal("layer_types", f"{_short(fields.layer_kind())} is not implemented, only {FULL!r}")
+    return _read_rotary("llama", fields, None)
 
 
 def _read_mistral(fields: _Fields) -> ModelConfig:
@@ -211,9 +236,18 @@ def _read_mistral(fields: _Fields) -> ModelConfig:
 
 def _read_qwen2(fields: _Fields) -> ModelConfig:
     slides = fields.flag("use_sliding_window", False) and fields.content.get("sliding_window", 4096) is not None
-    if slides and fields.count("max_window_layers", 28) != 0:
-        raise fields.refusal("max_window_layers", "a sliding window in some layers only is not implemented; 0 is all layers")
-    return _read_rotary("qwen2", fields, fields.window(fields.count("sliding_window", 4096) if slides else None))
+    kind = fields.layer_kind()
+    if slides and kind is None:
+        first, layers = fields.count("max_window_layers", 28), fields.count("num_hidden_layers")
+        if 0 < first < layers:
+            raise fields.refusal(
+                "max_window_layers", f"a sliding window in some layers only is not implemented; {first} of {layers} have none"
+            )
+        kind = SLIDING if first < layers else FULL
+    windowed = slides and kind == SLIDING
+    if kind not in (None, FULL) and not windowed:
+        raise fields.refusal("layer_types", f"{_short(kind)} is not implemented without use_sliding_window and sliding_window")
+    return _read_rotary("qwen2", fields, fields.count("sliding_window", 4096) if windowed else None)
 
 
 def _read_rotary(family: str, fields: _Fields, window: int | None) -> ModelConfig:
@@ -256,7 +290,8 @@ def _read_rope(fields: _Fields, length: int) -> tuple[float, RopeScaling | None]
         return theta, None
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise fields.refusal(where, f"rope_type {_short(kind)} is not implemented; there are: default, {', '.join(SCALINGS)}")
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "truncate", LENGTH}
+    # finetuned: a note of YaRN's authors on their models, which nothing reads
+    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", "truncate", "finetuned", LENGTH}
     values: dict[str, Any] = {name: inside.numbers(name) for name in given if name not in known}
     for name in values.keys() & SCALINGS[kind].__dataclass_fields__.keys():
         if values[name] is not None and isinstance(values[name], tuple) != (name in LISTS):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from longtrain.errors import CheckpointError
 from longtrain.models.config import ModelConfig
 from longtrain.models.config_json import CONFIG, read_config
-from longtrain.models.deepspeed_folder import UNREADABLE, open_deepspeed
+from longtrain.models.deepspeed_folder import open_deepspeed
 from longtrain.models.families import hugging_face_names
-from longtrain.models.huggingface import SHARD_BYTES, write_weights
+from longtrain.models.huggingface import SHARD_BYTES, appearing_whole, copy_file, write_weights
 from longtrain.models.pretrained import INDEX, open_pretrained
+from longtrain.models.unpickled import unpickled
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -58,30 +56,19 @@ def from_deepspeed(folder: Path, out: Path, described: Path | None = None, shard
 
 def _write(out: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], described: Path, shard_bytes: int) -> Path:
     """A folder of these weights, with the JSON and tokenizer files of `described`, checked, whole or not at all."""
-    if out.exists():
-        raise CheckpointError(f"{out} exists; name a folder that does not")
-    part = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
-    part.mkdir(parents=True)
-    try:
+    with appearing_whole(out) as part:
         write_weights(part, tensors, shard_bytes)
         for path in described.iterdir():
             if path.suffix in (".json", ".model", ".txt") and path.name not in (PICKLE_INDEX, INDEX) and path.is_file():
-                shutil.copyfile(path, part / path.name)
+                copy_file(path, part / path.name)
         open_pretrained(part, config)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return out
 
 
 def _tensors(folder: Path, tied: bool) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every file, without the second name of a tied head."""
     for file in _files(folder):
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except UNREADABLE as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{file}: is damaged or holds more than tensors: {reason}") from None
+        content = unpickled(file)
         if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
             raise CheckpointError(f"{file}: holds something else than named tensors")
         for name, tensor in content.items():

@@ -19,19 +19,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longtrain.errors import CheckpointError
-
-UNREADABLE = (
-    *(OSError, RuntimeError, ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError, AssertionError),
-    UnpicklingError,
-)
-"""What `torch.load(weights_only=True)` raises for files that are damaged or hold more than tensors."""
+from longtrain.models.unpickled import unpickled
 
 LATEST = "latest"
 WHOLE = "mp_rank_00_model_states.pt"
@@ -210,17 +204,10 @@ def _unshared(step: Path) -> DeepSpeedWeights:
 
 def _load(file: Path) -> dict[Any, Any]:
     """What a file holds. Raises CheckpointError where it is missing, damaged, or holds anything that would have to be executed."""
-    try:
-        with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: is missing; copy the files of all ranks here") from None
-    except UNREADABLE as error:
-        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = foreign[1] if foreign else (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{file}: is damaged, or holds more than tensors, numbers and text, and that is never executed here: {reason}"
-        ) from None
+    if not file.exists():
+        raise CheckpointError(f"{file}: is missing; copy the files of all ranks here")
+    with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
+        content = unpickled(file)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: is not a file of DeepSpeed's: it holds {type(content).__name__}")
     return content

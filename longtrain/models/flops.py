@@ -11,6 +11,9 @@ from longtrain.attention import Band
 from longtrain.models.config import ModelConfig
 from longtrain.models.families import parameter_shapes
 
+LOOKED_UP = frozenset({"embedding.weight", "positions.weight"})
+"""Matrices of which a token takes a row and multiplies with none."""
+
 
 class Flops(NamedTuple):
     """causal: what documents, band and padding leave as useful work. full: every token, and the whole square of pairs, as others
@@ -26,9 +29,9 @@ def attention_pairs(band: Band, lengths: Iterable[int]) -> int:
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Parameters that every token is multiplied with: all matrices but the embedding, which is looked up; the head also if tied."""
+    """Parameters that every token is multiplied with: all matrices but LOOKED_UP; the head also if tied."""
     shapes = parameter_shapes(config) | {"head.weight": (config.vocab_size, config.hidden_size)}
-    return sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name != "embedding.weight")
+    return sum(prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name not in LOOKED_UP)
 
 
 def training_flops(config: ModelConfig, boundaries: Sequence[Sequence[int]], sequence_length: int) -> Flops:

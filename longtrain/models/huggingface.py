@@ -5,24 +5,38 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from longtrain.errors import CheckpointError
 from longtrain.files import sync_path
 from longtrain.models.config import ModelConfig
-from longtrain.models.config_json import CONFIG, config_json
+from longtrain.models.config_json import CONFIG, config_json, differs_when_shorter
 from longtrain.models.families import hugging_face_names, parameter_shapes
-from longtrain.models.tokenizer_json import tokenizer_files
+from longtrain.models.tokenizer_json import qwen2_keeps, tokenizer_files
 
 SHARD_BYTES = 5 * 10**9
 """Hugging Face's customary shard: large enough for few files, small enough for a laptop's memory."""
+
+APART = "tokenizer"
+"""Folder of a second copy of a tokenizer, where no config.json makes transformers read it as another one."""
+
+_OTHER_TOKENIZER = (
+    "AutoTokenizer.from_pretrained('{folder}') gives other ids than training had: in every Qwen2 model transformers 5 puts the "
+    "rules of Qwen's tokenizer in the place of this one's, without a word. Load AutoTokenizer.from_pretrained('{apart}') or "
+    "PreTrainedTokenizerFast.from_pretrained('{folder}'), and give {apart} to tools that ask for a tokenizer"
+)
+
+Warn = Callable[[str], None]
 
 
 def write_folder(
@@ -35,38 +49,69 @@ def write_folder(
     eos: int | None,
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
+    warn: Warn = warnings.warn,
 ) -> None:
     """Writes config, weights and tokenizer, so that `folder` appears whole or not at all.
 
     tensors: (our name, tensor), every parameter once and in any order; at most `shard_bytes`, or one tensor, of them are held at a
     time. tokenizer_model: a tokenizer.json, or a SentencePiece .model file, also written as one; None leaves the tokenizer out.
-    bos, eos: token ids.
+    bos, eos: token ids. warn: told, once the folder is there, what transformers makes of it otherwise than training did.
 
     Raises:
-        CheckpointError: the folder exists, or a parameter is missing, unknown, given twice or of another shape.
+        CheckpointError: the folder exists or cannot be written; a parameter is missing, unknown, given twice or of another shape.
         DataError: the tokenizer cannot be written with the same ids.
     """
-    if folder.exists():
-        raise CheckpointError(f"{folder} exists; name a folder that does not")
-    whole, part = folder.absolute(), folder.absolute().with_name(f".{folder.name}.{os.getpid()}.tmp")
-    part.mkdir(parents=True)
-    try:
+    remarks = [remark for remark in (differs_when_shorter(config),) if remark]
+    with appearing_whole(folder) as part:
         contents = {CONFIG: config_json(config, dtype, bos, eos)}
         contents["generation_config.json"] = {"bos_token_id": bos, "eos_token_id": eos}
         if tokenizer_model is not None:
             contents |= tokenizer_files(tokenizer_model, bos, eos)
-            shutil.copyfile(tokenizer_model, part / f"tokenizer{tokenizer_model.suffix}")
+            copy_file(tokenizer_model, part / f"tokenizer{tokenizer_model.suffix}")
         write_weights(part, _translated(config, tensors, dtype), shard_bytes)
         for name, content in contents.items():
             (part / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if config.family == "qwen2" and tokenizer_model is not None and not qwen2_keeps(part / "tokenizer.json"):
+            (part / APART).mkdir()
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                copy_file(part / name, part / APART / name)
+            remarks.append(_OTHER_TOKENIZER.format(folder=folder, apart=folder / APART))
         for path in part.glob("*.safetensors"):
             shutil.copymode(part / CONFIG, path)  # the library writes files that only their owner can read
-        for path in [*part.iterdir(), part]:
+    for remark in remarks:
+        warn(remark)
+
+
+@contextmanager
+def appearing_whole(folder: Path) -> Iterator[Path]:
+    """A hidden folder to write to, which becomes `folder`, on the disk, where all goes well, and else is deleted.
+
+    Raises:
+        CheckpointError: `folder` exists or cannot be written.
+    """
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists; name a folder that does not")
+    whole = folder.absolute()
+    part = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        for path in [*part.rglob("*"), part]:
             sync_path(path)
         part.rename(whole)
         sync_path(whole.parent)
+    except (OSError, SafetensorError) as error:
+        blamed = getattr(error, "filename", None)
+        if isinstance(blamed, str) and not Path(blamed).is_relative_to(part):
+            raise
+        raise CheckpointError(f"{folder}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """The content of a small file. Unlike shutil's, its errors never blame `source` for a full disk."""
+    target.write_bytes(source.read_bytes())
 
 
 def _translated(config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder: a tokenizer.json as it is, a SentencePiece BPE model as one with the same ids."""
+"""The tokenizer of an exported folder: a tokenizer.json, changed for BOS alone, or a SentencePiece BPE model as one."""
 
 from __future__ import annotations
 
@@ -7,37 +7,95 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sentencepiece
+import tokenizers
 
 from longtrain.errors import DataError
 
 SPACE = "▁"
 """SentencePiece's sign for a space inside pieces (U+2581)."""
 
-BPE, IDENTITY = 2, "identity"
+BPE = 2
+
+QWEN2_DEFAULT = "<|endoftext|>"
+"""What transformers' Qwen2Tokenizer takes for special tokens that are not named."""
+
+QWEN2_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""How transformers' Qwen2Tokenizer cuts texts into words."""
+
+MISTRAL_SUSPECTED = 100_000
+"""Tokens beyond which transformers suspects a wrong tokenizer of Mistral's."""
+
+_QWEN2_STEPS = [
+    {"type": "Split", "pattern": {"Regex": QWEN2_WORDS}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+]
+_BPE_OPTIONS = (
+    *("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"),
+    *("fuse_unk", "byte_fallback", "ignore_merges"),
+)
 
 
 def tokenizer_files(model: Path, bos: int | None, eos: int | None) -> dict[str, dict[str, object]]:
-    """The contents of the JSON files beside a tokenizer. bos, eos: token ids that begin and end documents.
+    """The contents of the JSON files that go beside a tokenizer, or in its place. bos, eos: token ids that begin and end documents.
+
+    What they make of a text begins with `bos`, and with nothing where there is none.
 
     Raises:
         DataError: the tokenizer is damaged, lacks these ids, or cannot be written exactly.
     """
-    return {"tokenizer_config.json": _names_of(model, bos, eos)} if model.suffix == ".json" else _from_sentencepiece(model)
+    return _from_json(model, bos, eos) if model.suffix == ".json" else _from_sentencepiece(model)
 
 
-def _names_of(tokenizer: Path, bos: int | None, eos: int | None) -> dict[str, object]:
-    """tokenizer_config.json for a tokenizer.json."""
+def qwen2_keeps(tokenizer: Path) -> bool:
+    """Whether a tokenizer.json gives the same ids through transformers' Qwen2Tokenizer.
+
+    That class takes vocabulary, merges and special tokens from the file, and the rest is its own.
+    """
+    content = json.loads(tokenizer.read_bytes())
+    model, steps = content["model"], (content.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    return (
+        content.get("normalizer") == {"type": "NFC"}
+        # which characters an offset counts changes no id
+        and [{name: value for name, value in step.items() if name != "trim_offsets"} for step in steps] == _QWEN2_STEPS
+        and (content.get("decoder") or {}).get("type") == "ByteLevel"
+        and model.get("type") == "BPE"
+        and not any(model.get(option) for option in _BPE_OPTIONS)
+    )
+
+
+def _from_json(tokenizer: Path, bos: int | None, eos: int | None) -> dict[str, dict[str, object]]:
+    """tokenizer_config.json for a tokenizer.json, and another tokenizer.json where the file puts something else before a text."""
     try:
-        content = json.loads(tokenizer.read_bytes())
-        names = {index: name for name, index in dict(content["model"]["vocab"]).items()}
-        names |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raw = tokenizer.read_bytes()
+        content, made = json.loads(raw), tokenizers.Tokenizer.from_buffer(raw)
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{tokenizer}: cannot be read as a tokenizer.json, so it is damaged: {error}") from None
-    unknown = [index for index in (bos, eos) if index is not None and index not in names]
-    if unknown:
-        raise DataError(f"{tokenizer}: has no token {unknown[0]}, with which documents begin or end")
-    tokens = {f"{what}_token": names[index] for what, index in (("bos", bos), ("eos", eos)) if index is not None}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, "clean_up_tokenization_spaces": False}
+    known = made.get_vocab(with_added_tokens=True)
+    special: dict[str, object] = {}
+    for name, index in (("bos_token", bos), ("eos_token", eos)):
+        if index is not None:
+            special[name] = made.id_to_token(index)
+            if special[name] is None:
+                raise DataError(f"{tokenizer}: has no token {index}, with which documents begin or end")
+    model = content["model"]
+    unknown = model.get("unk_token") or (None if model.get("unk_id") is None else made.id_to_token(model["unk_id"]))
+    padding = (content.get("padding") or {}).get("pad_token")
+    # named though there is none, or Qwen2Tokenizer would add its default, beyond the vocabulary
+    default = {} if QWEN2_DEFAULT in known else dict.fromkeys(("unk_token", "pad_token"))
+    named = {name: token for name, token in (("unk_token", unknown), ("pad_token", padding)) if token in known}
+    config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast", **special, **default, **named}
+    config["clean_up_tokenization_spaces"] = False
+    if len(known) > MISTRAL_SUSPECTED:
+        # transformers takes every large vocabulary in a Mistral for Mistral's own, and advises to replace a part of the tokenizer
+        config["fix_mistral_regex"] = False
+    files = {"tokenizer_config.json": config}
+    made.no_padding()
+    made.no_truncation()
+    bare, whole = (made.encode("a", add_special_tokens=added).ids for added in (False, True))
+    if whole != ([] if bos is None else [bos]) + bare:
+        template = None if bos is None else _add_bos(str(special["bos_token"]), bos)
+        files["tokenizer.json"] = content | {"post_processor": template}
+    return files
 
 
 def _from_sentencepiece(model: Path) -> dict[str, dict[str, object]]:
@@ -72,6 +130,7 @@ def _from_sentencepiece(model: Path) -> dict[str, dict[str, object]]:
     config: dict[str, object] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{name}_token": piece for name, piece in names.items()},
+        "pad_token": None,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,
     }

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from longtrain.data.json_tokenizer import open_tokenizer
@@ -19,7 +18,7 @@ from longtrain.errors import CheckpointError, DataError
 from longtrain.kernels.local import LocalAttend
 from longtrain.kernels.memory_efficient import MemoryEfficientKernel
 from longtrain.models.decoder import Decoder
-from longtrain.models.huggingface import write_folder
+from longtrain.models.huggingface import Warn, write_folder
 from longtrain.parallel.zero_config import DTYPES
 from longtrain.plan.model import model_config
 from longtrain.recipe.load import parse_recipe
@@ -28,8 +27,6 @@ from longtrain.train.checkpoint_commands import find, without_advice
 from longtrain.train.checkpoint_folder import check_files, read_master
 from longtrain.train.checkpoint_format import STATE, TrainState, read_state
 from longtrain.train.checkpoint_format import read_manifest as read_checkpoint
-
-Warn = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -51,25 +48,23 @@ def export_checkpoint(
     Returns that checkpoint.
 
     dtype: of the weights; by default what the run computed in. data: prepared data with the run's tokenizer; by default what it
-    read. warn: told of every newer checkpoint that is damaged. One parameter is held at a time besides a shard. Raises
-    CheckpointError or DataError; nothing is left half-written.
+    read. warn: told of every newer checkpoint that is damaged, and of what transformers makes of the folder otherwise than training
+    did. One parameter is held at a time besides a shard. Raises CheckpointError or DataError; nothing is left half-written.
     """
     if out.exists():
         raise CheckpointError(f"{out} exists; name a folder that does not")
     sound = _open(run, data, warn)
     folder, entry = sound.tokenizer
-    try:
-        write_folder(
-            out,
-            model_config(sound.recipe),
-            sound.master,
-            tokenizer_model=folder / entry.file,
-            bos=entry.bos,
-            eos=entry.eos,
-            dtype=DTYPES[dtype or sound.recipe.training.precision],
-        )
-    except SafetensorError as error:
-        raise CheckpointError(f"{out}: the weights cannot be written: {error}") from error
+    write_folder(
+        out,
+        model_config(sound.recipe),
+        sound.master,
+        tokenizer_model=folder / entry.file,
+        bos=entry.bos,
+        eos=entry.eos,
+        dtype=DTYPES[dtype or sound.recipe.training.precision],
+        warn=warn,
+    )
     return sound.path
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -51,6 +53,30 @@ def test_pickled_weights_become_safetensors(tmp_path: Path, files: int) -> None:
     load(tmp_path / "out")
 
 
+def test_the_format_before_torch_1_6(tmp_path: Path) -> None:
+    tensors = pickled(tmp_path / "in")
+    file = tmp_path / "in" / "pytorch_model.bin"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    to_safetensors(tmp_path / "in", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_a_missing_shard_and_a_full_disk_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pickled(tmp_path / "in", files=3)
+    monkeypatch.setattr("pathlib.Path.write_bytes", _no_space)
+    with pytest.raises(CheckpointError, match=r"/out: cannot be written: No space left on device$"):
+        to_safetensors(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "in" / "pytorch_model-1.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model-1\.bin: cannot be read: No such file or directory$"):
+        to_safetensors(tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("run",))
@@ -61,8 +87,14 @@ def test_refusals_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -
     file = tmp_path / "in" / "pytorch_model.bin"
     whole = file.read_bytes()
     for content, message in (
-        (pickle.dumps({"a": Evil()}), "holds more than tensors"),
-        (whole[: len(whole) // 2], "is damaged"),
+        (
+            pickle.dumps({"a": Evil()}, protocol=2),
+            r"pytorch_model\.bin: .* more than tensors: [\w.]*print is never executed here; name",
+        ),
+        (pickle.dumps({"a": Evil()}), r"pytorch_model\.bin: is damaged or holds more than tensors: copy or fetch it again$"),
+        (whole[: len(whole) // 2], r"pytorch_model\.bin: is damaged .*: copy or fetch it again$"),
+        (whole[:-1], r"pytorch_model\.bin: is damaged .*: copy or fetch it again$"),
+        (b"", r"pytorch_model\.bin: is damaged .*: copy or fetch it again$"),
         (None, "holds neither pytorch_model.bin nor a usable"),
     ):
         file.unlink(missing_ok=True)

@@ -202,13 +202,13 @@ def test_a_pickle_with_code_is_refused_and_not_executed(saved: Path, tmp_path: P
             _edit(path, lambda content: content.update(more=evil))  # noqa: B023
             with pytest.raises(CheckpointError, match=r"more than tensors.*pathlib\.Path\.touch|getattr"):
                 open_deepspeed(folder)
-        with pytest.raises(CheckpointError, match=f"{file}: is damaged, or holds more than tensors"):
+        with pytest.raises(CheckpointError, match=f"{file}: is damaged or holds more than tensors"):
             open_deepspeed(folder)
     assert not (tmp_path / "executed").exists()
 
 
 def test_objects_beside_the_model_are_refused_by_name(saved: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states\.pt: .*never executed here: argparse\.Namespace"):
+    with pytest.raises(CheckpointError, match=r"mp_rank_00_model_states\.pt: .*argparse\.Namespace is never executed here"):
         open_deepspeed(saved / "namespace")
 
 

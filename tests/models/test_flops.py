@@ -33,7 +33,7 @@ def dense_attend(q, k, v, mask: AttentionMask, spec=None, *, keep=None):
     return ((q @ k.mT).softmax(-1) @ v).transpose(1, 2)
 
 
-@pytest.mark.parametrize("change", [{}, {"tied_embeddings": True}, {"layers": 1, "head_dim": 16}])
+@pytest.mark.parametrize("change", [{}, {"tied_embeddings": True}, {"layers": 1, "head_dim": 16}, {"family": "opt"}])
 def test_full_equals_the_counter_of_torch(small: ModelConfig, build: Callable[..., Decoder], change: dict) -> None:
     config = replace(small, kv_heads=4, **change)
     model = build(config, "none", dense_attend)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longtrain.errors import CheckpointError
+from longtrain.attention import AttentionMask, Band
+from longtrain.errors import CheckpointError, DataError
 from longtrain.models import Decoder, ModelConfig, hugging_face_names
 from longtrain.models.huggingface import write_folder
+from longtrain.models.rope import Dynamic, Linear, LongRope, RopeScaling, Yarn
 
 
 def export(folder: Path, model: Decoder, **options: object) -> None:
@@ -69,6 +75,53 @@ def test_rope_theta_reaches_old_and_new_transformers(small: ModelConfig, build: 
     assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters["rope_theta"] == 12345.0
 
 
+SHORT, LONG = (1.0, 1.1, 1.2, 1.3), (1.0, 1.5, 2.0, 4.0)
+SCALINGS: list[tuple[RopeScaling | None, str | None]] = [
+    (None, None),
+    (Linear(2.5), None),
+    (Yarn(2.5, 16), None),
+    (Dynamic(2.5, 16, 16), None),
+    (LongRope(2.5, 16, SHORT, LONG, 16), None),
+    (Dynamic(2.5, 16, 40), "raises rope_theta less than training did, up to 16 tokens not at all"),
+    (LongRope(2.5, 16, SHORT, LONG, 40), "short_factor, which this training never did"),
+]
+
+
+@pytest.mark.parametrize(("scaling", "remark"), SCALINGS)
+def test_scalings_that_differ_for_shorter_inputs_are_named(
+    scaling: RopeScaling | None, remark: str | None, small: ModelConfig, build: Callable[..., Decoder], tmp_path: Path
+) -> None:
+    """And what the remark advises makes them equal at every length."""
+    longest = getattr(scaling, "length", 40)
+    config = replace(small, rope_scaling=scaling, rope_theta=500.0, max_positions=longest)
+    model, said = build(config), []
+    export(tmp_path / "out", model, warn=said.append)
+    assert len(said) == (remark is not None)
+    assert remark is None or remark in said[0]
+    path = tmp_path / "out" / "config.json"
+    content = json.loads(path.read_text())
+
+    def same(length: int) -> bool:
+        tokens = torch.arange(length)[None] * 7 % small.vocab_size
+        positions = torch.arange(length)[None]
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens).logits
+        return torch.allclose(found, model(tokens, positions, AttentionMask(Band.causal(None))), atol=1e-5)
+
+    assert same(longest)
+    assert same(12) == (remark is None)
+    if isinstance(scaling, Dynamic) and remark is not None:
+        ratio, dim = scaling.length / scaling.original_length, small.head_dim
+        theta = 500.0 * (scaling.factor * ratio - (scaling.factor - 1)) ** (dim / (dim - 2))
+        del content["rope_scaling"]
+        content |= {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    elif remark is not None:
+        for where in ("rope_scaling", "rope_parameters"):
+            content[where]["short_factor"] = content[where]["long_factor"]
+    path.write_text(json.dumps(content))
+    assert same(12)
+    assert same(longest)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shards_load_as_one_file_does(small: ModelConfig, build: Callable, tmp_path: Path, dtype: torch.dtype) -> None:
     model = build(small)
@@ -122,3 +175,24 @@ def test_a_failed_export_leaves_nothing(small: ModelConfig, build: Callable, tmp
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="exists"):
         write_folder(tmp_path / "out", small, tensors, **settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", ["pathlib.Path.write_bytes", "os.fsync", "longtrain.models.huggingface.save_file"])
+def test_what_the_disk_refuses_is_told_of_the_folder(
+    call: str, small: ModelConfig, build: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    tokenizer = tmp_path / "tokenizer.json"
+    Tokenizer(BPE({"a": 0, "<s>": 1, "</s>": 2}, [])).save(str(tokenizer))
+    monkeypatch.setattr(call, full)
+    with pytest.raises(CheckpointError, match=r"/out: cannot be written: No space left on device$"):
+        export(tmp_path / "out", build(small), tokenizer_model=tokenizer)
+    assert list(tmp_path.iterdir()) == [tokenizer]
+
+
+def test_what_cannot_be_read_is_told_by_its_name(small: ModelConfig, build: Callable, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"/in\.json: cannot be read"):
+        export(tmp_path / "out", build(small), tokenizer_model=tmp_path / "in.json")
+    assert not list(tmp_path.iterdir())

@@ -26,6 +26,7 @@ from longtrain.models.config_json import read_config
 from longtrain.models.huggingface import write_folder
 from longtrain.models.initialise import initial_value
 from longtrain.models.pretrained import load_pretrained, open_pretrained
+from longtrain.models.rope import Yarn
 
 SHARED = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": None}
 ROTARY = SHARED | {"intermediate_size": 48, "num_key_value_heads": 2, "initializer_range": 0.2, "max_position_embeddings": 40}
@@ -115,7 +116,8 @@ def test_logits_and_gradients_equal_transformers(name: str, tmp_path: Path) -> N
 def test_what_was_read_is_written_back(name: str, tmp_path: Path) -> None:
     theirs = save(tmp_path / "in", MODELS[name])
     ours = load(tmp_path / "in")
-    write_folder(tmp_path / "out", ours.config, ours.named_parameters(), tokenizer_model=None, bos=1, eos=2, dtype=torch.float32)
+    options: dict[str, Any] = {"tokenizer_model": None, "bos": 1, "eos": 2, "dtype": torch.float32, "warn": [].append}
+    write_folder(tmp_path / "out", ours.config, ours.named_parameters(), **options)
     assert read_config(tmp_path / "out") == ours.config
     again, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
@@ -139,6 +141,32 @@ def test_old_names_of_rope_are_read(tmp_path: Path) -> None:
     for key in ("rope_type", "type"):
         path.write_text(json.dumps(content | {"rope_scaling": given | {key: "llama3"}}))
         assert read_config(tmp_path / "in") == wanted
+
+
+def test_what_yarns_authors_noted_is_passed_over(tmp_path: Path) -> None:
+    """As in Yarn-Llama-2-7b-128k."""
+    save(tmp_path / "in", MODELS["yarn"])
+    wanted = read_config(tmp_path / "in")
+    given = wanted.rope_scaling
+    scaling = {"factor": 2.5, "original_max_position_embeddings": 16, "type": "yarn", "finetuned": True}
+    edit(tmp_path / "in", rope_parameters="DELETE", rope_theta=wanted.rope_theta, rope_scaling=scaling)
+    assert given == Yarn(2.5, 16)
+    assert read_config(tmp_path / "in") == wanted
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 3])
+@pytest.mark.parametrize("kinds", [None, ["full_attention"] * 2, ["sliding_attention"] * 2])
+def test_a_window_in_all_layers_or_in_none(first: int, kinds: list[str] | None, tmp_path: Path) -> None:
+    """Layers are what transformers makes of them: of layer_types, else of max_window_layers."""
+    given = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": first, "layer_types": kinds}
+    theirs = Qwen2Config(**ROTARY, **given)
+    theirs.save_pretrained(tmp_path)
+    edit(tmp_path, layer_types="DELETE" if kinds is None else kinds)
+    if len(set(theirs.layer_types)) > 1:
+        with pytest.raises(CheckpointError, match=r"max_window_layers: .* some layers only is not implemented; 1 of 2 have none"):
+            read_config(tmp_path)
+    else:
+        assert read_config(tmp_path).window == (5 if theirs.layer_types[0] == "sliding_attention" else None)
 
 
 def test_shards_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,6 +282,17 @@ CONFIGS = [
     ("llama", {"rope_parameters": [1]}, "rope_parameters: expected an object"),
     ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: layers of different kinds"),
     ("qwen2-window", {"max_window_layers": 1, "layer_types": "DELETE"}, "max_window_layers: a sliding window in some layers only"),
+    ("qwen2-window", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: layers of different kinds"),
+    (
+        "qwen2-window",
+        {"use_sliding_window": False},
+        "layer_types: 'sliding_attention' is not implemented without use_sliding_window",
+    ),
+    (
+        "llama",
+        {"layer_types": ["sliding_attention"] * 2},
+        "layer_types: 'sliding_attention' is not implemented, only 'full_attention'",
+    ),
     ("opt", {"word_embed_proj_dim": 16}, "word_embed_proj_dim: 16 is not implemented, only 32"),
     ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before: False is not implemented"),
     ("opt", {"activation_function": "gelu"}, "activation_function: 'gelu' is not implemented"),

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
 import random
+import shutil
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +12,18 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Tokenize
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from longtrain.data.tokenizer import Tokenizer, train_tokenizer
+from longtrain.data.json_tokenizer import find_tokenizer
+from longtrain.data.tokenizer import Encoder, Tokenizer, train_tokenizer
 from longtrain.errors import DataError
 from longtrain.models import Decoder, ModelConfig
-from longtrain.models.huggingface import write_folder
+from longtrain.models.huggingface import APART, write_folder
+from longtrain.models.tokenizer_json import QWEN2_WORDS
 
 SOURCES = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
 
@@ -128,7 +135,128 @@ def _train(**options: object) -> bytes:
     return model.getvalue()
 
 
-def test_a_tokenizer_json_is_exported_as_it_is(tmp_path: Path, small: ModelConfig) -> None:
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {},
+    "mistral": {"window": 8},
+    "qwen2": {"family": "qwen2"},
+    "opt": {"family": "opt", "kv_heads": 4, "tied_embeddings": True},
+}
+PLAIN_TEXTS = ["def foo(x):\n    return 1\n", "  12345.67\t\n\n  I'll see\r\n", " le caf\u00e9, le cafe\u0301 ▁ 中文 🙂", ""]
+
+
+def byte_level(words: Regex | None = None, normalizer: object = None) -> Tokenize:
+    """A tokenizer.json as GPT-2's with <s>, </s> and <pad>, or with other words."""
+    made = Tokenize(BPE())
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    split = letters if words is None else pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), letters])
+    made.pre_tokenizer, made.decoder, made.normalizer = split, decoders.ByteLevel(), normalizer
+    alphabet, names = pre_tokenizers.ByteLevel.alphabet(), ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=names, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator((path.read_text("utf-8") for path in SOURCES[:8]), trainer)
+    return made
+
+
+TOKENIZERS = {
+    "gpt2": byte_level,
+    "qwen": lambda: byte_level(Regex(PRETOKENIZE_REGEX), normalizers.NFC()),
+    "llama3": lambda: byte_level(Regex(PRETOKENIZE_REGEX.replace(r"\p{N}|", r"\p{N}{1,3}|", 1))),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(model: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with a tokenizer each."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("sentencepiece", *TOKENIZERS)}
+    (folders["sentencepiece"] / "tokenizer.model").write_bytes(model)
+    for name, build in TOKENIZERS.items():
+        build().save(str(folders[name] / "tokenizer.json"))
+    return folders
+
+
+def carry(folder: Path, out: Path, config: ModelConfig, **options: str) -> tuple[Encoder, list[str]]:
+    """What documents are prepared with from a folder's tokenizer, exported; and the warnings."""
+    ours, said = find_tokenizer(str(folder), **options), []
+    model = Decoder(config, attend=None).named_parameters()  # type: ignore[arg-type]
+    path = out.with_name(ours.file)
+    path.write_bytes(ours.model)
+    write_folder(out, config, model, tokenizer_model=path, bos=ours.bos, eos=ours.eos, dtype=torch.float32, warn=said.append)
+    return ours, said
+
+
+def check_same(theirs: PreTrainedTokenizerBase, ours: Encoder) -> None:
+    before = [] if ours.bos is None else [ours.bos]
+    for text in PLAIN_TEXTS:
+        ids = ours.encode(text)
+        assert theirs.encode(text) == before + ids, repr(text)
+        assert theirs.encode(text, add_special_tokens=False) == ids
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos, ours.eos, ours.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", *TOKENIZERS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autotokenizer_gives_the_ids_of_training(
+    trained: dict[str, Path], tmp_path: Path, small: ModelConfig, family: str, name: str
+) -> None:
+    out = tmp_path / "out"
+    ours, said = carry(trained[name], out, replace(small, **FAMILIES[family]))
+    # transformers puts Qwen's rules in the place of others, and nothing in the folder can keep it from that
+    replaced = family == "qwen2" and name != "qwen"
+    check_same(AutoTokenizer.from_pretrained(out / APART if replaced else out), ours)
+    check_same(PreTrainedTokenizerFast.from_pretrained(out), ours)
+    assert (out / APART).exists() == replaced
+    assert len(said) == replaced
+    assert all(
+        f"AutoTokenizer.from_pretrained('{out / APART}') or PreTrainedTokenizerFast.from_pretrained('{out}')" in a for a in said
+    )
+
+
+def test_a_large_vocabulary_is_not_taken_for_mistrals(
+    tmp_path: Path, small: ModelConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice of transformers, fix_mistral_regex=True, would give other ids."""
+    letters = [*pre_tokenizers.ByteLevel.alphabet(), "<s>", "</s>", *(f"more{number}" for number in range(100_000))]
+    made = Tokenize(BPE({letter: index for index, letter in enumerate(letters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>"])
+    (tmp_path / "in").mkdir()
+    made.save(str(tmp_path / "in" / "tokenizer.json"))
+    ours, _ = carry(tmp_path / "in", tmp_path / "out", replace(small, window=8))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    check_same(AutoTokenizer.from_pretrained(tmp_path / "out"), ours)
+    assert "regex" not in caplog.text
+
+
+def test_the_rules_of_qwen_are_those_of_transformers() -> None:
+    assert QWEN2_WORDS == PRETOKENIZE_REGEX
+
+
+def test_vocabulary_and_merges_keep_their_names(trained: dict[str, Path], tmp_path: Path, small: ModelConfig) -> None:
+    """As OPT's: one token for BOS, EOS and what is unknown, and BOS in front although no file but the settings says so."""
+    (tmp_path / "in").mkdir()
+    Tokenize.from_file(str(trained["gpt2"] / "tokenizer.json")).model.save(str(tmp_path / "in"))
+    names = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": {"content": "</s>"}, "pad_token": "<pad>"}
+    (tmp_path / "in" / "tokenizer_config.json").write_text(json.dumps(names | {"add_bos_token": True}))
+    ours, _ = carry(tmp_path / "in", tmp_path / "out", replace(small, **FAMILIES["opt"]))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert ours.bos == ours.eos == theirs.unk_token_id == 1
+    assert (theirs.bos_token, theirs.eos_token, theirs.unk_token, theirs.pad_token) == ("</s>", "</s>", "</s>", "<pad>")
+    check_same(theirs, ours)
+    assert theirs(["a", "a b c d"], padding=True).input_ids[0][-1] == theirs.pad_token_id == 2
+
+
+def test_what_training_did_not_put_around_texts_is_taken_out(trained: dict[str, Path], tmp_path: Path, small: ModelConfig) -> None:
+    (tmp_path / "in").mkdir()
+    made = Tokenize.from_file(str(trained["gpt2"] / "tokenizer.json"))
+    around = [("<s>", 0), ("</s>", 1)]
+    for number, (single, options) in enumerate([("<s> $A", {"bos": "none"}), ("<s> $A </s>", {}), ("<s> $A", {})]):
+        made.post_processor = processors.TemplateProcessing(single=single, special_tokens=around)
+        made.save(str(tmp_path / "in" / "tokenizer.json"))
+        ours, _ = carry(tmp_path / "in", tmp_path / str(number), small, **options)
+        check_same(AutoTokenizer.from_pretrained(tmp_path / str(number)), ours)
+
+
+def test_a_tokenizer_json_is_exported_as_it_is_but_for_bos(tmp_path: Path, small: ModelConfig) -> None:
     tokenizer = Tokenize(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -143,9 +271,13 @@ def test_a_tokenizer_json_is_exported_as_it_is(tmp_path: Path, small: ModelConfi
     loaded = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert (loaded.bos_token_id, loaded.eos_token_id) == (3, 4)
     assert loaded("abba", add_special_tokens=False).input_ids == [2, 1, 0]
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    assert loaded("abba").input_ids == [3, 2, 1, 0]
     write("no-bos", None, 4)
     assert AutoTokenizer.from_pretrained(tmp_path / "no-bos").bos_token is None
+    assert (tmp_path / "no-bos" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    shutil.copy(tmp_path / "out" / "tokenizer.json", tmp_path)
+    write("again", 3, 4)
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     with pytest.raises(DataError, match=r"tokenizer.json: has no token 9"):
         write("bad", 3, 9)
     (tmp_path / "tokenizer.json").write_text("{")
