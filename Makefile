@@ -26,11 +26,10 @@ test-faults: $(VENV)/installed-dev
 test-gpu:
 	$(BIN)/python -m pytest -m gpu
 
-# every access of a sample of the attention kernels, on a GPU with CUDA's compute-sanitizer
+# every access of a small sample of all Triton kernels, on a GPU with CUDA's compute-sanitizer
 sanitize:
 	for tool in memcheck racecheck synccheck initcheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
-	  --target-processes all --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu tests/kernels/test_flash_gpu.py \
-	  -k "odd_lengths and (63 or 111) and dtype0" || exit 1; done
+	  --target-processes all --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu tests/kernels/test_sample_gpu.py || exit 1; done
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
 First a correctness gate: on a red one nothing is measured. Then GB/s forward / backward of the bytes that a layer must move (what
 `Problem.forward` and `Problem.backward` count: every input and output once), beside the rate of a copy of 512 MiB in the same run;
-the host's time of a call; and what each layer buys in one LLaMA-7B block at 32K tokens. A whole run writes a JSON file in
-benchmarks/results.
+the host's time of a call; and what each layer buys in one LLaMA-7B block at 32K tokens, whose loss and gradients are compared with
+those of plain layers in fp32. All are measured in turns. A whole run writes a JSON file in benchmarks/results.
 Tensors are larger than any L2 cache. Liger is measured where it is installed. `--tune` measures launch constants instead.
 """
 
@@ -26,7 +26,8 @@ import torch._functorch.config as functorch_config
 import triton
 from torch import Tensor
 
-from benchmarks.timing import milliseconds
+from benchmarks import targets
+from benchmarks.timing import ROUNDS, in_turns, milliseconds
 from longtrain.attention import AttentionMask, Band
 from longtrain.kernels import gated, norms, plain, rotary
 from longtrain.kernels.flash import FlashKernel
@@ -35,12 +36,11 @@ from longtrain.kernels.local import LocalAttend
 from longtrain.models.config import ModelConfig
 from longtrain.models.decoder import Decoder
 from tests.layer_cases import EPS, NORMS, check_gated, check_norm, check_rotary, tables
+from tests.parity import assert_close_to_truth
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda"
 TOKENS, HIDDEN, INNER, DIM = 2**14, 4096, 11008, 128
-BLOCK_TOKENS = 2**15
-TARGETS = {"forward": 0.9, "backward": 0.8}
-"""Shares of the copy's rate."""
 Layer = Callable[..., Any]
 
 torch._dynamo.config.recompile_limit = 64
@@ -62,7 +62,7 @@ class Problem:
     liger: tuple[str, str]
 
     def inputs(self) -> list[Tensor]:
-        return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in self.shapes]
+        return [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in self.shapes]
 
     @property
     def fused(self) -> Layer:
@@ -96,7 +96,7 @@ def problems() -> list[Problem]:
     for kv_heads in (8, 32):
         shapes = tuple((1, TOKENS, heads, DIM) for heads in (HIDDEN // DIM, kv_heads))
         moved = 2 * (size + 2 * TOKENS * kv_heads * DIM) + table
-        fixed = tables(1, TOKENS, DIM, "cuda")
+        fixed = tables(1, TOKENS, DIM, DEVICE)
         found.append(Problem(f"rotary 32/{kv_heads}", rotary, "rotary", shapes, fixed, moved, moved, ("rope", "Rope")))
     for name, activation, peer in (("swiglu", "silu", ("swiglu", "SiLUMul")), ("geglu", "gelu_tanh", ("geglu", "GELUMul"))):
         shapes = ((TOKENS, INNER), (TOKENS, INNER))
@@ -122,32 +122,38 @@ def tuple_of(out: Any) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def forward_milliseconds(layer: Layer, inputs: Sequence[Tensor], fixed: Sequence[Any]) -> float:
-    with torch.no_grad():
-        return milliseconds(lambda: layer(*inputs, *fixed), 60)
-
-
-def backward_milliseconds(layer: Layer, inputs: Sequence[Tensor], fixed: Sequence[Any]) -> float:
+def run_of(layer: Layer, inputs: Sequence[Tensor], fixed: Sequence[Any], direction: str) -> Callable[[], Any]:
+    """One direction of a layer, to be measured."""
+    if direction == "forward":
+        return torch.no_grad()(lambda: layer(*inputs, *fixed))
     outs = tuple_of(layer(*inputs, *fixed))
     cotangents = [torch.randn_like(y) for y in outs]
-    return milliseconds(lambda: torch.autograd.grad(outs, inputs, cotangents, retain_graph=True), 60)
+    return lambda: torch.autograd.grad(outs, inputs, cotangents, retain_graph=True)
 
 
-def measure(p: Problem, layer: Layer) -> dict[str, Any]:
-    """Milliseconds and GB/s, or why there is no figure."""
-    inputs = p.inputs()
-    try:
-        forward, backward = forward_milliseconds(layer, inputs, p.fixed), backward_milliseconds(layer, inputs, p.fixed)
-    except Exception as error:  # a peer that cannot do this is a line of the table
-        if layer is p.fused:
-            raise
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"}
-    return {
-        "forward_ms": forward,
-        "backward_ms": backward,
-        "forward": p.forward / forward / 1e6,
-        "backward": p.backward / backward / 1e6,
-    }
+def measure(p: Problem) -> dict[str, dict[str, Any]]:
+    """Milliseconds and GB/s of every library, or why there is no figure."""
+    found: dict[str, dict[str, Any]] = {}
+    runs: dict[str, dict[str, Callable[[], Any]]] = {}
+    for name, layer in p.peers().items():
+        found[name], inputs = {}, p.inputs()
+        if layer is None:
+            found[name]["error"] = "absent"
+            continue
+        try:
+            ways = {way: run_of(layer, inputs, p.fixed, way) for way in targets.DIRECTIONS}
+            for run in ways.values():
+                run()
+        except Exception as error:  # a peer that cannot do this is a line of the table
+            if layer is p.fused:
+                raise
+            found[name]["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        else:
+            runs[name] = ways
+    for way, moved in (("forward", p.forward), ("backward", p.backward)):
+        for name, time_ms in in_turns({name: ways[way] for name, ways in runs.items()}, 60).items():
+            found[name] |= {f"{way}_ms": time_ms, way: moved / time_ms / 1e6}
+    return found
 
 
 def host_microseconds(p: Problem, calls: int = 200) -> tuple[float, float]:
@@ -174,18 +180,18 @@ def host_microseconds(p: Problem, calls: int = 200) -> tuple[float, float]:
 
 def copy_rate() -> float:
     """GB/s read and written by a copy of 512 MiB."""
-    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2**29, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) / 1e6
 
 
 def gate() -> None:
     for name, dtype in product(NORMS, (torch.bfloat16, torch.float32)):
-        check_norm(name, (1111, HIDDEN), dtype, "cuda")
+        check_norm(name, (1111, HIDDEN), dtype, DEVICE)
     for kv_heads in (8, 32):
-        check_rotary(2, 555, 32, kv_heads, DIM, DIM, torch.bfloat16, "cuda")
+        check_rotary(2, 555, 32, kv_heads, DIM, DIM, torch.bfloat16, DEVICE)
     for activation in plain.ACTIVATIONS:
-        check_gated((1111, INNER), activation, torch.bfloat16, "cuda")
+        check_gated((1111, INNER), activation, torch.bfloat16, DEVICE)
     print("correctness gate: green")
 
 
@@ -193,78 +199,103 @@ def cell(result: dict[str, Any]) -> str:
     return f"{result['forward']:.0f} / {result['backward']:.0f}" if "forward" in result else result["error"][:12]
 
 
-def layer_table(copy: float) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows for the JSON file, and what misses its target."""
-    rows, short = [], []
+def layer_table(copy: float) -> list[dict[str, Any]]:
+    """Rows for the JSON file."""
+    rows = []
     names = ("fused", "eager", "compile", "liger")
     print(f"copy of 512 MiB: {copy:.0f} GB/s. Below, GB/s forward / backward of the bytes that must be moved.")
     heads = "".join(f"{name:>14}" for name in names)
     print(f"{'':16}{heads}{'% of copy':>12}{'host us: forward, both':>25}", flush=True)
     for p in problems():
-        found: dict[str, dict[str, Any]] = {
-            name: {"error": "absent"} if layer is None else measure(p, layer) for name, layer in p.peers().items()
-        }
+        found = measure(p)
         host = host_microseconds(p)
         fused = found["fused"]
         cells = "".join(f"{cell(r):>14}" for r in found.values())
         share = f"{100 * fused['forward'] / copy:.0f} / {100 * fused['backward'] / copy:.0f}"
         print(f"{p.name:16}{cells}{share:>12}{f'{host[0]:.0f}, {host[1]:.0f}':>25}", flush=True)
-        short += [
-            f"{p.name} {way}: {fused[way] / copy:.2f} < {share}" for way, share in TARGETS.items() if fused[way] / copy < share
-        ]
         bytes_moved = {"forward": p.forward, "backward": p.backward}
         rows.append({"layer": p.name, "shapes": p.shapes, "bytes": bytes_moved, "results": found, "host_us": host})
         torch.cuda.empty_cache()
-    return rows, short
+    return rows
 
 
-def block(fused: Sequence[str], runs: int = 4) -> dict[str, Any]:
-    """Forward and backward of one block of LLaMA-7B with head and loss, weights and gradients in bf16."""
-    config = ModelConfig("llama", 32000, HIDDEN, 1, HIDDEN // DIM, HIDDEN // DIM, DIM, INNER, BLOCK_TOKENS)
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = Decoder(config, LocalAttend(FlashKernel()), layers=choose_layers(fused)).bfloat16()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.02)
-        tokens = torch.randint(0, config.vocab_size, (1, BLOCK_TOKENS))
-        positions = torch.arange(BLOCK_TOKENS)[None]
-    mask = AttentionMask(Band.causal())
-    losses: list[float] = []
+LLAMA_7B_BLOCK = ModelConfig("llama", 32000, HIDDEN, 1, HIDDEN // DIM, HIDDEN // DIM, DIM, INNER, 2**15)
 
-    def step() -> None:
-        out = model(tokens, positions, mask, tokens.roll(-1, 1))
-        loss = getattr(out, "loss", out)
-        losses.append(loss.detach())
+
+class Block:
+    """One block with head and loss, weights and gradients in dtype: the same ones, rounded to bf16, for every dtype and `fused`."""
+
+    def __init__(self, config: ModelConfig, fused: Sequence[str], attend: LocalAttend, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        with torch.device(DEVICE):
+            self.model = Decoder(config, attend, layers=choose_layers(fused)).bfloat16()
+            for parameter in self.model.parameters():
+                torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.02)
+            self.tokens = torch.randint(0, config.vocab_size, (1, config.max_positions))
+            self.positions = torch.arange(config.max_positions)[None]
+        self.model.to(dtype)
+
+    def loss(self) -> Tensor:
+        out = self.model(self.tokens, self.positions, AttentionMask(Band.causal()), self.tokens.roll(-1, 1))
+        return getattr(out, "loss", out)
+
+    def step(self) -> None:
+        self.loss().backward()
+        self.model.zero_grad(set_to_none=True)
+
+    def results(self) -> dict[str, Tensor]:
+        """The loss and all gradients, on the CPU: the GPU's memory is measured."""
+        loss = self.loss()
         loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    time_ms = milliseconds(step, 1000)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"fused": list(fused), "ms": time_ms, "peak_gib": peak, "loss": float(losses[0]) / BLOCK_TOKENS}
+        found = {name: x.grad.cpu() for name, x in self.model.named_parameters() if x.grad is not None}
+        self.model.zero_grad(set_to_none=True)
+        return {"loss": loss.detach().cpu()} | found
 
 
-def block_table() -> list[dict[str, Any]]:
+def check_block(found: dict[str, Tensor], truth: dict[str, Tensor], low: dict[str, Tensor]) -> None:
+    """The self-calibrating rule on loss and gradients, each in units of its largest. truth: plain layers in fp32, low: in bf16."""
+    assert found.keys() == truth.keys() == low.keys()
+    noise = torch.finfo(torch.bfloat16).eps / 4
+    for name, exact in truth.items():
+        largest = exact.abs().max().to(DEVICE)
+        fast, right, plainly = (x[name].to(DEVICE, torch.float32) / largest for x in (found, truth, low))
+        assert_close_to_truth(fast, right, plainly, name, noise=noise)
+
+
+def block_table(config: ModelConfig, attend: LocalAttend) -> list[dict[str, Any]]:
+    """Every variant is checked before any is measured."""
+    tokens = config.max_positions
     variants = [(), FUSABLE, *((name,) for name in FUSABLE), *(tuple(x for x in FUSABLE if x != name) for name in FUSABLE)]
+    truth = Block(config, (), attend, torch.float32).results()
+    low: dict[str, Tensor] = {}
+    blocks: dict[str, Block] = {}
     rows: list[dict[str, Any]] = []
-    print(f"\none LLaMA-7B block with head and loss, {BLOCK_TOKENS} tokens, forward + backward")
-    print(f"{'fused':28}{'ms':>10}{'against none':>14}{'peak GiB':>10}{'loss':>10}")
     for fused in variants:
-        row = block(fused)
-        rows.append(row)
+        before = torch.cuda.memory_allocated()
         name = ", ".join(fused) or "none"
-        print(f"{name:28}{row['ms']:10.1f}{row['ms'] / rows[0]['ms']:13.3f}x{row['peak_gib']:10.2f}{row['loss']:10.4f}", flush=True)
-        assert abs(row["loss"] / rows[0]["loss"] - 1) < 1e-2, f"fused {name}: another loss"
+        blocks[name] = block = Block(config, fused, attend, torch.bfloat16)
+        found = block.results()
+        low = low or found
+        check_block(found, truth, low)
+        torch.cuda.reset_peak_memory_stats()
+        block.step()
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+        rows.append({"fused": list(fused), "peak_gib": peak, "loss": float(found["loss"]) / tokens})
         torch.cuda.empty_cache()
+    times = in_turns({name: block.step for name, block in blocks.items()}, 1000)
+    print(f"\none LLaMA-7B block with head and loss, {tokens} tokens, forward + backward; losses and gradients checked")
+    print(f"{'fused':28}{'ms':>10}{'against none':>14}{'peak GiB':>10}{'loss':>10}")
+    for (name, time_ms), row in zip(times.items(), rows, strict=True):
+        row["ms"] = time_ms
+        print(f"{name:28}{time_ms:10.1f}{time_ms / times['none']:13.3f}x{row['peak_gib']:10.2f}{row['loss']:10.4f}")
     return rows
 
 
 def compare(blocks: bool) -> None:
     gate()
     copy = copy_rate()
-    rows, short = layer_table(copy)
+    rows = layer_table(copy)
+    short = targets.layers(rows, copy)
     print("short of targets: " + "; ".join(short) if short else "every target is met: 90% of the copy forward, 80% backward")
     if not blocks:
         print("part of a run: no file")
@@ -274,11 +305,12 @@ def compare(blocks: bool) -> None:
         "device": device,
         "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
         "command": " ".join(["python -m benchmarks.layers", *sys.argv[1:]]),
+        "rounds": ROUNDS,
         "copy": copy,
         "tokens": TOKENS,
         "dtype": "bfloat16",
         "rows": rows,
-        "block": block_table(),
+        "block": block_table(LLAMA_7B_BLOCK, LocalAttend(FlashKernel())),
     }
     path = RESULTS / f"layers-{device.lower().replace(' ', '-')}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
@@ -313,11 +345,12 @@ def tune(only: str) -> None:
     for p, direction in product((p for p in problems() if only in p.name), ("forward", "backward")):
         inputs, lines = p.inputs(), []
         used = p.module.TUNING[direction] if isinstance(p.module.TUNING, dict) else p.module.TUNING
-        run = forward_milliseconds if direction == "forward" else backward_milliseconds
         for candidate in dict.fromkeys((used, *candidates(p, direction))):
             try:
                 with tuned(p.module, direction, candidate):
-                    lines.append((getattr(p, direction) / run(p.fused, inputs, p.fixed) / 1e6, candidate))
+                    lines.append(
+                        (getattr(p, direction) / milliseconds(run_of(p.fused, inputs, p.fixed, direction), 60) / 1e6, candidate)
+                    )
             except Exception as error:
                 print(f"{p.name} {direction} {candidate}: {type(error).__name__} {str(error)[:80]}")
         for i, (rate, candidate) in enumerate(sorted(lines, key=lambda line: -line[0])):

@@ -2,8 +2,9 @@
 
 First a correctness gate: on a red one nothing is measured. Then forward + backward of linear + cross entropy in bf16, gradient of
 the loss 1 / tokens: milliseconds, TFLOP/s of the three products that it needs (logits, dx, dW: 6 N V C FLOP; nobody's recomputation
-counts), the rate as a share of those three products alone, whole and with fp32 results, and memory beside inputs, dx and one fp32
-dW (negative: no fp32 dW). A JSON file goes to benchmarks/results. `--tune` measures sizes for longtrain/kernels/cross_entropy.py.
+counts), the rate as a share of those three products alone, each whole, with fp32 results and with bf16 ones, which are quicker to
+write, and memory beside inputs, dx and one fp32 dW (negative: no fp32 dW). All are measured in turns. A JSON file goes to
+benchmarks/results. `--tune` measures sizes for longtrain/kernels/cross_entropy.py.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,13 +26,15 @@ import triton
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from benchmarks.timing import milliseconds
+from benchmarks import targets
+from benchmarks.timing import ROUNDS, in_turns, milliseconds
 from longtrain.kernels import cross_entropy as kernels
 from longtrain.kernels.cross_entropy import SIZES, Sizes, Terms, fused_parts, scale_, scaled_weight_gradient_
 from longtrain.kernels.linear_cross_entropy import linear_cross_entropy
 from tests.loss_cases import LossCase, check_loss
 
 RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,9 @@ class Problem:
         return 6 * self.tokens * self.vocabulary * self.hidden / 1e12
 
     def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        x = torch.randn(self.tokens, self.hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        w = torch.empty(self.vocabulary, self.hidden, device="cuda", dtype=torch.bfloat16).normal_(std=self.hidden**-0.5)
-        return x, w.requires_grad_(), torch.randint(self.vocabulary, (self.tokens,), device="cuda")
+        x = torch.randn(self.tokens, self.hidden, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        w = torch.empty(self.vocabulary, self.hidden, device=DEVICE, dtype=torch.bfloat16).normal_(std=self.hidden**-0.5)
+        return x, w.requires_grad_(), torch.randint(self.vocabulary, (self.tokens,), device=DEVICE)
 
 
 PROBLEMS = (Problem(8192, 131072), Problem(32768, 32768))
@@ -90,40 +94,56 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-def bare(p: Problem) -> dict[str, float]:
-    """Milliseconds of the products alone, each whole, fp32 results of bf16 inputs."""
+def bare(p: Problem) -> dict[torch.dtype, dict[str, float]]:
+    """Milliseconds of the products alone, each whole, of bf16 inputs: by the dtype of their results."""
     x, w, _ = (t.detach() for t in p.inputs())
-    dlogits = torch.randn(p.tokens, p.vocabulary, device="cuda", dtype=torch.bfloat16)
+    dlogits = torch.randn(p.tokens, p.vocabulary, device=DEVICE, dtype=torch.bfloat16)
 
-    def product(a: Tensor, b: Tensor) -> float:
-        out = torch.empty(a.shape[0], b.shape[1], device="cuda", dtype=torch.float32)
-        return milliseconds(lambda: torch.mm(a, b, out_dtype=torch.float32, out=out), 300)
+    def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        out = torch.empty(a.shape[0], b.shape[1], device=DEVICE, dtype=dtype)
+        return partial(torch.mm, a, b, out=out, **({} if dtype == a.dtype else {"out_dtype": dtype}))
 
-    return {"logits": product(x, w.t()), "dx": product(dlogits, w), "dw": product(dlogits.t(), x)}
+    pairs = {"logits": (x, w.t()), "dx": (dlogits, w), "dw": (dlogits.t(), x)}
+    found: dict[torch.dtype, dict[str, float]] = {torch.float32: {}, torch.bfloat16: {}}
+    for name, (a, b) in pairs.items():
+        times = in_turns({str(dtype): product(a, b, dtype) for dtype in found}, 300)
+        for dtype, products in found.items():
+            products[name] = times[str(dtype)]
+    return found
 
 
-def measure(p: Problem, way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> dict[str, Any]:
-    """Or why there is no figure."""
+def measure(p: Problem) -> dict[str, dict[str, Any]]:
+    """Of every way; or why there is no figure."""
     x, w, y = p.inputs()
-    scale = torch.full((), 1 / p.tokens, device="cuda")
+    scale = torch.full((), 1 / p.tokens, device=DEVICE)
 
-    def run() -> Tensor:
+    def run(way: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         loss = way(x, w, y)
         loss.backward(scale.to(loss.dtype))
         x.grad = w.grad = None
         return loss.detach()
 
-    try:
-        loss = run().item() / p.tokens
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        memory = torch.cuda.max_memory_allocated() - before - 2 * x.numel() - 4 * w.numel()
-        time = milliseconds(run, 800)
-    except Exception as error:  # a peer that cannot do this is a line of the table
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
-    return {"ms": time, "tflops": p.tflop / time * 1e3, "extra_mib": memory / 2**20, "mean_loss": loss}
+    found: dict[str, dict[str, Any]] = {}
+    for name, way in WAYS.items():
+        if "Liger" in name and LIGER is None:
+            found[name] = {"error": "absent"}
+            continue
+        try:
+            loss = run(way).item() / p.tokens
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run(way)
+            memory = torch.cuda.max_memory_allocated() - before - 2 * x.numel() - 4 * w.numel()
+            found[name] = {"extra_mib": memory / 2**20, "mean_loss": loss}
+        except Exception as error:  # a peer that cannot do this is a line of the table
+            if way is fused:
+                raise
+            found[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+            x.grad = w.grad = None
+    for name, time in in_turns({name: partial(run, WAYS[name]) for name, r in found.items() if "error" not in r}, 800).items():
+        found[name] |= {"ms": time, "tflops": p.tflop / time * 1e3}
+    return found
 
 
 def gate() -> None:
@@ -133,7 +153,7 @@ def gate() -> None:
         LossCase(1024, 512, 131072, z_loss=1e-4),
     ):
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            check_loss(case, dtype, True, "cuda")
+            check_loss(case, dtype, True, DEVICE)
     print("correctness gate: green")
 
 
@@ -147,25 +167,26 @@ def compare() -> None:
         torch.cuda.empty_cache()
         products = bare(p)
         torch.cuda.empty_cache()
-        total = sum(products.values())
-        parts = ", ".join(f"{name} {time:.2f}" for name, time in products.items())
-        print(f"\n{p.name}: products alone {total:.2f} ms ({parts}), {p.tflop / total * 1e3:.0f} TFLOP/s")
-        print(f"{'':20}{'ms':>8}{'TFLOP/s':>10}{'of bare':>10}{'extra MiB':>12}")
-        found: dict[str, Any] = {}
-        for name, way in WAYS.items():
-            absent = "Liger" in name and LIGER is None
-            r = found[name] = {"error": "absent"} if absent else measure(p, way)
-            torch.cuda.empty_cache()
-            cells = f"{r['ms']:8.2f}{r['tflops']:10.0f}{total / r['ms']:10.1%}{r['extra_mib']:12.0f}" if "ms" in r else r["error"]
+        totals = [sum(times.values()) for times in products.values()]
+        for (dtype, times), total in zip(products.items(), totals, strict=True):
+            parts = ", ".join(f"{name} {time:.2f}" for name, time in times.items())
+            print(f"\n{p.name}: products alone, {dtype}: {total:.2f} ms ({parts}), {p.tflop / total * 1e3:.0f} TFLOP/s", end="")
+        print(f"\n{'':20}{'ms':>8}{'TFLOP/s':>10}{'of bare, fp32 / bf16':>24}{'extra MiB':>12}")
+        found = measure(p)
+        for name, r in found.items():
+            shares = " / ".join(f"{total / r['ms']:.1%}" for total in totals) if "ms" in r else ""
+            cells = f"{r['ms']:8.2f}{r['tflops']:10.0f}{shares:>24}{r['extra_mib']:12.0f}" if "ms" in r else r["error"]
             print(f"{name:20}{cells}", flush=True)
-        rows.append({"problem": asdict(p), "bare_ms": products, "bare_outputs": "fp32", "results": found})
+        bares = {"bare_ms": products[torch.float32], "bare_outputs": "fp32", "bare_bf16_ms": products[torch.bfloat16]}
+        rows.append({"problem": asdict(p), **bares, "results": found})
+    print("\n".join(["short of the targets:", *short]) if (short := targets.loss(rows)) else "every target is met")
     device = torch.cuda.get_device_name()
     versions = {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
     if LIGER is not None:
         versions["liger_kernel"] = version("liger_kernel")
     path = RESULTS / f"loss-{device.lower().replace(' ', '-')}.json"
     command = " ".join(["python -m benchmarks.loss", *sys.argv[1:]])
-    result = {"device": device, "versions": versions, "command": command, "dtype": "bfloat16", "rows": rows}
+    result = {"device": device, "versions": versions, "command": command, "rounds": ROUNDS, "dtype": "bfloat16", "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nwrote {path}")
 
@@ -184,7 +205,7 @@ CANDIDATES = {
 def tune() -> None:
     for p in PROBLEMS:
         x, w, y = (t.detach() for t in p.inputs())
-        scale = torch.full((), 1 / p.tokens, device="cuda")
+        scale = torch.full((), 1 / p.tokens, device=DEVICE)
 
         def run(sizes: Sizes, x: Tensor = x, w: Tensor = w, y: Tensor = y, scale: Tensor = scale) -> None:
             parts = fused_parts(x, w, y, Terms(), True, True, sizes)
@@ -202,10 +223,10 @@ def tune() -> None:
 
 def kernels_alone(p: Problem, rows: int = 2**15, columns: int = 4096) -> None:
     """The Triton kernels alone, in TB/s."""
-    logits = torch.randn(rows, columns, device="cuda")
-    scores = torch.empty(rows, columns, device="cuda", dtype=torch.float16)
-    labels = torch.zeros(rows, device="cuda", dtype=torch.int64)
-    table, lse = torch.empty(3, columns // 512, rows, device="cuda"), torch.zeros(rows, device="cuda")
+    logits = torch.randn(rows, columns, device=DEVICE)
+    scores = torch.empty(rows, columns, device=DEVICE, dtype=torch.float16)
+    labels = torch.zeros(rows, device=DEVICE, dtype=torch.int64)
+    table, lse = torch.empty(3, columns // 512, rows, device=DEVICE), torch.zeros(rows, device=DEVICE)
     dlogits = torch.empty_like(scores, dtype=torch.bfloat16)
     flags = {"SOFTCAP": False, "SMOOTH": False}
     for block, warps in ((1024, 1), (1024, 2), (2048, 2), (2048, 4), (4096, 4), (4096, 8)):

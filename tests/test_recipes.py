@@ -99,7 +99,7 @@ PROBES: dict[str, Trained | Planned] = {
     "device": Planned(("cpu", "cuda"), device_of),
     "output": Trained(("here", "there"), lambda seen: seen.folder, weights),
     "model.preset": Planned(("null", "llama-7b"), planned(lambda plan: plan.model.max_positions)),
-    "model.init": Planned(("null", "weights"), planned(lambda plan: dict(describe(plan))["weights"])),
+    "model.init": Planned(("null", "weights"), planned(lambda plan: dict(describe(plan))["weights"]), ("model.preset=llama-7b",)),
     "model.family": Trained(("llama", "qwen2")),
     "model.vocab_size": Trained(("320", "330"), losses),
     "model.hidden_size": Trained(("16", "24"), losses),
@@ -119,7 +119,7 @@ PROBES: dict[str, Trained | Planned] = {
     "model.positions.extend": Planned(
         ("interpolate", "random"),
         planned(lambda plan: dict(describe(plan))["positions"]),
-        ("model.family=opt", "model.init=weights", "model.max_positions=8"),
+        ("model.preset=opt-125m", "model.init=weights", "model.max_positions=8"),
     ),
     "model.rope_scaling.kind": Trained(("dynamic", "yarn"), losses, given=scaled("", factor=2, original_length=8)),
     "model.rope_scaling.factor": Trained(("2", "4"), losses, given=scaled("linear")),

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from longtrain.data.opening import prepare_command, tokenizer_commands
+from longtrain.data.opening import compare_tokenizers, prepare_command, tokenizer_commands
+from longtrain.errors import DataError
 from longtrain.models.activations import Activations, held_bytes
 from longtrain.models.families import family_of
 from longtrain.models.flops import training_flops
 from longtrain.plan.host import available_memory, describe_checkpoint
+from longtrain.plan.model import unseen_positions
 from longtrain.plan.plan import Plan
 from longtrain.plan.ranks import crowded
 from longtrain.recipe.guards import GuardsSection, SkipAction, SpikeAction
@@ -155,9 +157,20 @@ def _slow(plan: Plan) -> bool:
     return plan.device == "cuda" and plan.kernel.kernel.name in ("memory_efficient", "reference")
 
 
+def doubts(plan: Plan) -> Iterator[str]:
+    """What speaks against beginning with the weights of model.init. Raises DataError where the data is of no use to them."""
+    for look in (unseen_positions, compare_tokenizers):
+        if (remark := look(plan.recipe)) is not None:
+            yield remark
+
+
 def _warnings(plan: Plan) -> Iterator[str]:
     """What would be done without a word."""
     recipe, dtype = plan.recipe, plan.recipe.training.precision
+    try:
+        yield from doubts(plan)
+    except DataError as error:
+        yield f"a new run is refused: {error}"
     if plan.kernel.rounds:
         yield (
             f"kernel {plan.kernel.kernel.name} rounds partial results to {dtype} between the blocks of a ring, where others keep "
@@ -166,7 +179,9 @@ def _warnings(plan: Plan) -> Iterator[str]:
     if crowded(recipe, plan.cp):
         tokens = recipe.training.micro_batch_size * plan.local_length
         wanted = recipe.parallel.tokens_per_rank
-        yield f"each rank holds {tokens:,} tokens, more than parallel.tokens_per_rank {wanted:,}: with more ranks each holds less"
+        alone = recipe.training.activations == Activations.MINIMAL
+        less = "training.activations minimal allows no ring" if alone else "with more ranks each holds less"
+        yield f"each rank holds {tokens:,} tokens, more than parallel.tokens_per_rank {wanted:,}: {less}"
     passes = training_flops(plan.model, [(0, recipe.training.sequence_length)], recipe.training.sequence_length).causal
     silent = max(SILENT, math.ceil(passes * recipe.training.micro_batch_size / plan.cp / SLOW))
     patience = recipe.guards.watchdog_seconds

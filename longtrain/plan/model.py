@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +12,24 @@ from pydantic import ValidationError
 from longtrain.errors import CheckpointError, PlanError
 from longtrain.models.config import ModelConfig
 from longtrain.models.config_json import CONFIG, read_config
+from longtrain.models.families import family_of
 from longtrain.models.pretrained import open_pretrained
 from longtrain.models.rope import kind_of, make_scaling
-from longtrain.recipe.model import ModelSection, RopeKind
-from longtrain.recipe.presets import fetch_commands
+from longtrain.recipe.model import FIXED, ModelSection, RopeKind, RopeScalingSection
+from longtrain.recipe.presets import PRESETS, how_to_get
 from longtrain.recipe.schema import Recipe
+from longtrain.recipe.section import as_written
 
-# Fields that the weights decide. What else config.json says, a recipe may replace: that is how a context is extended.
-FIXED = (
-    "family",
-    "vocab_size",
-    "hidden_size",
-    "layers",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "intermediate_size",
-    "max_positions",
-    "norm_eps",
-    "tied_embeddings",
-)
 FREE = ("rope_theta", "window", "init_std", "rope_scaling")
-OWN = ("dropout", "attention_dropout")
-"""What the recipe alone says: it belongs to the training, not to the weights."""
+"""What a recipe may replace of what config.json says: that is how a context is extended."""
 PICKLED, SAFE = {".bin", ".pt", ".pth", ".ckpt"}, ".safetensors"
 """How files of weights end."""
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """The recipe with the whole shape of its decoder. Where `model.init` is a folder, what the recipe leaves open is read from its
-    config.json, and the rest compared; a recipe that leaves nothing open can be planned without the folder.
+    """The recipe with the whole shape of its decoder. Where `model.init` is a folder, what the recipe itself leaves open is read
+    from its config.json, whatever a preset says, and the rest compared, the preset's shape too; a recipe that leaves nothing open
+    can be planned without the folder.
 
     Raises:
         PlanError: the recipe contradicts the weights, or leaves something open and the folder is not there.
@@ -51,10 +41,7 @@ def resolve(recipe: Recipe) -> Recipe:
     folder = Path(model.init)
     if not folder.exists():
         if model.missing:
-            raise PlanError(
-                f"model.init: there is no folder {folder} (relative to {Path.cwd()}); put a Hugging Face folder there, or "
-                f"set model.preset or {', '.join(f'model.{name}' for name in model.missing)} to plan without it"
-            )
+            raise PlanError(f"{_absent(model)}\n(`longtrain plan` does without where model.preset, or the whole shape, is set)")
         return recipe
     try:
         config = read_config(folder)
@@ -63,10 +50,10 @@ def resolve(recipe: Recipe) -> Recipe:
         raise CheckpointError(f"model.init: {error}") from None
     stored = _section_values(config)
     given = {name: getattr(model, name) for name in model.model_fields_set}
-    differing = [name for name in FIXED if given.get(name) is not None and given[name] != stored[name]]
-    if differing:
-        lines = "\n".join(f"  model.{name}: {given[name]} in the recipe, {stored[name]} in {CONFIG}" for name in differing)
-        raise PlanError(f"model.init: the recipe is not that of the weights in {folder}:\n{lines}\ndelete these from the recipe")
+    _compare(model, given, stored)
+    scaling = given.get("rope_scaling")
+    if scaling is not None and "kind" not in scaling.model_fields_set:
+        given["rope_scaling"] = stored["rope_scaling"] | _numbers(scaling, stored["rope_scaling"]["kind"])
     values = given | {name: stored[name] for name in FIXED} | {name: stored[name] for name in FREE if name not in given}
     try:
         completed = ModelSection(**values)
@@ -77,13 +64,71 @@ def resolve(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": completed})
 
 
+def _compare(model: ModelSection, given: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raises PlanError where what is given, or filled in by the preset, is not that of the weights."""
+    # the export of longer training has more positions than the preset
+    filled = {name: getattr(model, name) for name in PRESETS.get(model.preset or "", {}) if name != "max_positions"}
+    stated = filled | dict(given)
+    differing = [name for name in FIXED if stated.get(name) is not None and stated[name] != stored[name]]
+    if not differing:
+        return
+    of_preset = [name for name in differing if name not in given]
+    lines = [
+        f"  model.{name}: {as_written(stated[name])} in {'the preset' if name in of_preset else 'the recipe'}, "
+        f"{as_written(stored[name])} in {CONFIG}"
+        for name in differing
+    ]
+    advice = [] if len(of_preset) == len(differing) else ["delete these from the recipe, or from the one that it extends"]
+    advice += [f"{model.preset} is another model: set model.preset to that of the weights, or to null"] if of_preset else []
+    refused = f"model.init: the recipe is not that of the weights in {model.init}:"
+    raise PlanError("\n".join([refused, *lines, *advice]))
+
+
+def _numbers(scaling: RopeScalingSection, kind: str) -> dict[str, Any]:
+    """What a recipe says of a scaling without its kind. Raises PlanError where that is not for `kind`, which the weights have."""
+    if scaling.kind != kind:
+        raise PlanError(
+            f"model.rope_scaling: its numbers change those of the preset, which are for kind {scaling.kind}, but {CONFIG} of "
+            f"model.init has kind {kind}; set model.rope_scaling.kind too"
+        )
+    return {name: getattr(scaling, name) for name in scaling.model_fields_set}
+
+
 def check_init(recipe: Recipe) -> None:
     """Raises PlanError where `model.init` is not there, with what brings it."""
     init = recipe.model.init
     if init is not None and not Path(init).exists():
-        commands = "".join(f"\n  {command}" for command in fetch_commands(recipe.model.preset, init))
-        get = f"get it with{commands}" if commands else "put a Hugging Face folder with its weights there"
-        raise PlanError(f"model.init: there is no folder {init} (relative to {Path.cwd()}); {get}")
+        raise PlanError(_absent(recipe.model))
+
+
+def _absent(model: ModelSection) -> str:
+    assert model.init is not None
+    return f"model.init: there is no folder {model.init} (relative to {Path.cwd()}); {how_to_get(model.preset, model.init)}"
+
+
+def unseen_positions(recipe: Recipe) -> str | None:
+    """What to say where the rotary weights of `model.init` meet more positions than they know, and the recipe stretches them less.
+
+    recipe: resolved. Positions are relative, so that a window bounds them. A theta that the recipe changes is taken for enough.
+    """
+    model, length = recipe.model, recipe.training.sequence_length
+    known, wanted = model.max_positions, min(length, model.window or length)
+    if model.init is None or known is None or family_of(model_config(recipe)).positions != "rotary":
+        return None
+    there = (Path(model.init) / CONFIG).is_file()
+    stored = _section_values(read_config(Path(model.init))) if there else PRESETS.get(model.preset or "", {})
+    before, scaling = RopeScalingSection(**stored.get("rope_scaling", {})), model.rope_scaling
+    if model.rope_theta != stored.get("rope_theta", 10000.0 if stored else model.rope_theta) or scaling.kind is RopeKind.DYNAMIC:
+        return None
+    unstretched = before.original_length or known / (before.factor or 1)
+    reach = known if scaling == before else (scaling.original_length or unstretched) * (scaling.factor or 1)
+    if wanted <= reach:
+        return None
+    stretched = "" if scaling == before else f", {reach:,.0f} with model.rope_scaling {scaling.kind}"
+    return (
+        f"the weights of model.init know {known:,} positions{stretched}; those beyond, up to {wanted:,}, are new to them: set "
+        f"model.rope_scaling with a factor of {math.ceil(wanted / unstretched)} or more, or a higher model.rope_theta"
+    )
 
 
 def _refuse_pickles(folder: Path, config: ModelConfig) -> None:
@@ -97,8 +142,9 @@ def _section_values(config: ModelConfig) -> dict[str, Any]:
     """Fields of ModelSection."""
     values: dict[str, Any] = {name: getattr(config, name) for name in (*FIXED, *FREE)}
     scaling = config.rope_scaling
-    numbers = {} if scaling is None else {"kind": kind_of(scaling)} | {k: v for k, v in vars(scaling).items() if k != "length"}
-    return values | {"rope_scaling": numbers}
+    kind = "none" if scaling is None else kind_of(scaling)
+    numbers = {} if scaling is None else {name: value for name, value in vars(scaling).items() if name != "length"}
+    return values | {"rope_scaling": {"kind": kind} | numbers}
 
 
 def model_config(recipe: Recipe) -> ModelConfig:

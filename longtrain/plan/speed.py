@@ -11,8 +11,10 @@ PEAK_FLOPS = {
     "H200": 989e12,
     "H200 NVL": 835e12,
     "H100 PCIe": 756e12,
+    "H100 80GB HBM2e": 756e12,  # the PCIe card under another name
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
     "H800": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,

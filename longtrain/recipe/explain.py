@@ -218,19 +218,31 @@ def _bad_value(path: Path, error: Any) -> str:
         return f"must be a finite number, found {found(value)}"
     if kind == "value_error":
         return f"{error['ctx']['error']}; found {found(value)}"
-    annotation = FIELDS[tuple(part for part in path if isinstance(part, str))].annotation
-    # an element of a list, or a value of a section of numbers
-    if isinstance(path[-1], int) or ("'name: number'" in expected(annotation) and error["loc"] != path):
-        annotation = float
+    field = _field(path)
+    annotation = FIELDS[field].annotation
+    annotation = annotation if path == field else _element(annotation)
     return f"expected {expected(annotation)}, found {found(value)}{_advice(annotation, value)}"
 
 
+def _field(path: Path) -> Path:
+    """The field of a recipe that the path leads to, or into."""
+    return next(path[:end] for end in range(len(path), -1, -1) if path[:end] in FIELDS)
+
+
+def _element(annotation: Any) -> Any:
+    """The type of the elements of a list, or of the values of a section of numbers, which may be one of several types."""
+    if get_origin(annotation) in (tuple, dict):
+        return get_args(annotation)[0 if get_origin(annotation) is tuple else 1]
+    return next((element for argument in get_args(annotation) if (element := _element(argument)) is not None), None)
+
+
 def _field_path(location: Path) -> Path:
-    """The path in the file, without what pydantic adds for the members of a union."""
-    end = max(end for end in range(len(location) + 1) if location[:end] in FIELDS)
-    while end < len(location) and isinstance(location[end], int):
-        end += 1
-    return location[:end]
+    """The path in the file, without what pydantic adds for the members of a union; of a key that is no path, its section."""
+    field = _field(location)
+    inside = location[len(field) :]
+    if "'name: number'" in expected(FIELDS[field].annotation):
+        return (*field, *inside) if len(inside) == 1 else field
+    return (*field, *(part for part in inside if isinstance(part, int)))
 
 
 def _missing_key(path: Path) -> str:
@@ -263,6 +275,9 @@ def explain(error: ValidationError) -> list[Problem]:
             path = path[:-1] if entry["type"] == "missing" else path
             # A union reports each member; the first member's complaint is the one about numbers.
             others.setdefault(path, Problem(path, _bad_value(path, entry)))
+            if isinstance(path[-1], int):
+                # what is wrong in a list says more than that the list is no name
+                others.pop(path[:-1], None)
     misspelled = {target for problem in unknown for target in meant(problem.path[:-1], str(problem.path[-1]))}
     reported = [Problem(path, _missing_key(path)) for path in missing if path not in misspelled]
     return [*unknown, *reported, *others.values()]

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from longtrain.errors import RecipeError
 from longtrain.recipe import tree
 from longtrain.recipe.explain import FIELDS, dotted, expected, explain, is_section, meant
+from longtrain.recipe.model import FIXED, OWN, ModelSection
 from longtrain.recipe.schema import Recipe
 from longtrain.recipe.secret import ADVICE, hidden, secrets_in
 from longtrain.recipe.section import path_text
@@ -22,6 +23,10 @@ EXTENDS = "extends"
 NOT_INHERITED: tuple[tree.Path, ...] = (("name",), ("output",))
 CORPUS: tree.Path = ("data", "corpus")
 """What `data.path` is prepared from: not inherited by a recipe that names another path."""
+TOKENIZER: tree.Path = ("data", "tokenizer")
+"""What goes with the weights: not inherited by who names others."""
+SHAPE: tuple[tree.Path, ...] = tuple(("model", name) for name in ModelSection.model_fields if name not in ("preset", "init", *OWN))
+"""What goes with the model: not inherited by who names another one."""
 _SUFFIXES = (".yaml", ".yml")
 _BEGINS_WITH_A_FIELD = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)[: ]")
 
@@ -66,9 +71,13 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
 
 def _parse_written(text: str, name: str, overrides: Sequence[str]) -> "tuple[Recipe, Written]":
     files = _with_parent(_parse(text, name))
+    settings, complaints = _settings(overrides)
+    said: dict[str, Any] = {}
+    _write(said, settings)
+    gone = list(_of_another_model(dict(_overlaid(files[-1].value, files[0].value)), said))
+    files = [file.without(*gone) for file in files]
     values = dict(_overlaid(files[-1].value, files[0].value))
-    replaced, complaints = _override(values, overrides)
-    written = Written(files, replaced)
+    written = Written(files, _write(values, settings))
 
     recipe, problems = None, []
     try:
@@ -198,8 +207,26 @@ def _with_parent(file: _File) -> list[_File]:
         raise RecipeError(f"{file.name}:{line}: {EXTENDS}: {parent.name} extends another recipe itself; extend that one directly")
     mine, theirs = file.value.get("data"), parent.value.get("data")
     moved = isinstance(mine, dict) and isinstance(theirs, dict) and mine.get("path", theirs.get("path")) != theirs.get("path")
-    gone = (*NOT_INHERITED, CORPUS) if moved else NOT_INHERITED
-    return [file.without((EXTENDS,)), parent.without(*gone)]
+    corpus = (CORPUS,) if moved else ()
+    return [file.without((EXTENDS,)), parent.without(*NOT_INHERITED, *corpus, *_of_another_model(parent.value, file.value))]
+
+
+def _of_another_model(below: dict[str, Any], above: dict[str, Any]) -> Iterator[tree.Path]:
+    """What of `below` goes with another model than the one that `above` names, by a preset or by weights.
+
+    Weights decide the shape alone: what is said of how a context is extended stays. In the place of others, or of a preset, they
+    are taken for more of the same model, whose shape is compared when they are read.
+    """
+    lower, upper = below.get("model"), above.get("model")
+    if not isinstance(lower, dict) or not isinstance(upper, dict):
+        return
+    preset, init = (upper.get(name) not in (None, lower.get(name)) for name in ("preset", "init"))
+    if preset:
+        yield from SHAPE
+    elif init and lower.get("preset") is None and lower.get("init") is None:
+        yield from (("model", name) for name in FIXED)
+    if init:
+        yield TOKENIZER
 
 
 def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -227,9 +254,9 @@ def _find(name_or_path: str | Path) -> Path:
     if not known:
         raise RecipeError(f"no recipe {text!r}: there are no built-in recipes in {recipes_folder()}; give the path of a file")
     close = get_close_matches(text.lower(), known, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
+    hint = f"did you mean {close[0]!r}? The" if close else "the"
     raise RecipeError(
-        f"no built-in recipe {text!r}; {hint}The built-in recipes are {', '.join(known)}; "
+        f"no built-in recipe {text!r}; {hint} built-in recipes are {', '.join(known)}; "
         "a file of your own needs a path such as my-recipe.yaml"
     )
 
@@ -258,21 +285,27 @@ def _read(path: Path, name: str) -> str:
         raise RecipeError(f"{name}:{line}: not UTF-8 text (byte 0x{content[error.start]:02x}); save the file as UTF-8") from None
 
 
-def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[tree.Path, str], list[str]]:
-    """Writes the overrides into the values; returns the argument of every replaced path, and what is wrong with others."""
-    replaced: dict[tree.Path, str] = {}
+def _settings(overrides: Sequence[str]) -> tuple[dict[tree.Path, tuple[str, object]], list[str]]:
+    """The argument and the value of every path that is overridden, and what is wrong with other overrides."""
+    settings: dict[tree.Path, tuple[str, object]] = {}
     complaints: list[str] = []
     for argument in overrides:
         key, _, text = argument.partition("=")
         path: tree.Path = tuple(key.strip().split("."))
-        if path in replaced:
-            complaints.append(f"--set {argument}: key given twice, first as --set {replaced[path]}; delete one")
+        if path in settings:
+            complaints.append(f"--set {argument}: key given twice, first as --set {settings[path][0]}; delete one")
             continue
         try:
-            value = _override_value(path, argument, text)
+            settings[path] = argument, _override_value(path, argument, text)
         except ValueError as error:
             complaints.append(f"--set {argument}: {error}")
-            continue
+    return settings, complaints
+
+
+def _write(values: dict[str, Any], settings: dict[tree.Path, tuple[str, object]]) -> dict[tree.Path, str]:
+    """Writes the settings into the values; returns the argument of every path that was written."""
+    replaced: dict[tree.Path, str] = {}
+    for path, (argument, value) in settings.items():
         section: Any = values
         for name in path[:-1]:
             section = section.setdefault(name, {}) if isinstance(section, dict) else None
@@ -280,7 +313,7 @@ def _override(values: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[tr
         if isinstance(section, dict):
             section[path[-1]] = value
             replaced[path] = argument
-    return replaced, complaints
+    return replaced
 
 
 def _override_value(path: tree.Path, argument: str, text: str) -> object:

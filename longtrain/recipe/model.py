@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, model_validator
 
 from longtrain.recipe.presets import PRESETS
 from longtrain.recipe.section import Conflict, Int, PathText, Section
@@ -127,12 +127,31 @@ class RopeScalingSection(Section):
             yield Conflict("low_freq_factor", f"low_freq_factor {low:g} must be less than high_freq_factor {high:g}")
 
 
+FIXED = (
+    "family",
+    "vocab_size",
+    "hidden_size",
+    "layers",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_positions",
+    "norm_eps",
+    "tied_embeddings",
+)
+"""What the weights of init decide."""
+OWN = ("dropout", "attention_dropout")
+"""What belongs to the training, not to the model: no preset and no config.json says it."""
+
+
 class ModelSection(Section):
     """Shape of the decoder."""
 
     preset: Preset | None = Field(
         default=None,
-        description=f"A public model whose shape fills what is not set here: {', '.join(PRESETS)}. null: none.",
+        description=f"A public model whose shape fills what is not set here: {', '.join(PRESETS)}. null: none. Where the folder of "
+        "init is there, its config.json goes before.",
     )
     init: PathText | None = Field(
         default=None,
@@ -190,18 +209,23 @@ class ModelSection(Section):
         default=RopeScalingSection(), description="Stretching rotary positions over longer sequences."
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
+    def _fill_from_preset(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """What the preset fills is not in model_fields_set, so that weights may say otherwise."""
         preset = PRESETS.get(given["preset"]) if isinstance(given, dict) and isinstance(given.get("preset"), str) else None
         if preset is None:
-            return given
+            return handler(given)
         merged = {**preset, **given}
         inner = given.get("rope_scaling")
         # numbers without a kind change those of the preset's kind
         if isinstance(inner, dict) and "kind" not in inner:
             merged["rope_scaling"] = {**preset.get("rope_scaling", {}), **inner}
-        return merged
+        section = handler(merged)
+        section.model_fields_set.intersection_update(given)
+        if isinstance(inner, dict):
+            section.rope_scaling.model_fields_set.intersection_update(inner)
+        return section
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -262,7 +286,7 @@ class ModelSection(Section):
 
     def _opt_conflicts(self) -> Iterator[Conflict]:
         """What no OPT model has."""
-        if self.kv_heads not in (None, self.heads):
+        if self.heads is not None and self.kv_heads not in (None, self.heads):
             yield Conflict("kv_heads", "family opt has as many key/value heads as heads; delete it")
         if self.head_dim is not None and self.heads is not None and self.head_dim * self.heads != self.hidden_size:
             yield Conflict("head_dim", "a head of family opt has hidden_size / heads features; delete it")

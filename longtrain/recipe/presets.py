@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 _LLAMA = {"family": "llama", "vocab_size": 32000, "hidden_size": 4096, "layers": 32, "heads": 32, "intermediate_size": 11008}
@@ -90,3 +92,18 @@ def fetch_commands(preset: str | None, folder: str) -> list[str]:
         shlex.join(["hf", "download", repository, *files, "--local-dir", pickled]),
         shlex.join(["python", "scripts/convert_checkpoint.py", pickled, "--out", folder]),
     ]
+
+
+def how_to_get(preset: str | None, folder: str) -> str:
+    """What brings weights that are not in `folder`, in words."""
+    commands = fetch_commands(preset, folder)
+    if commands:
+        return "get it with" + "".join(f"\n  {command}" for command in commands)
+    name = re.fullmatch(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)", folder)
+    if name is None or name[1] == "weights" or Path(name[1]).exists():
+        return "put a Hugging Face folder with its weights there"
+    local = f"weights/{name[2]}"
+    return (
+        "put a Hugging Face folder with its weights there; if that is a name of the hub, get it with\n  "
+        f"{shlex.join(['hf', 'download', folder, '--local-dir', local])}\nand set model.init to {local}"
+    )

@@ -15,7 +15,11 @@ probably meant. `--set section.key=value` overrides one key. Paths are relative 
 
 `extends: NAME|PATH` at the top takes every key but `name` and `output` from one other recipe, a built-in one or a file; what stands
 beside it replaces these, key by key. There is one parent only: a list is refused, and so is a parent that extends a recipe itself.
-A recipe that names another `data.path` does not inherit `data.corpus`, since that is what the parent's path is prepared from.
+A recipe that names another `data.path` does not inherit `data.corpus`, since that is what the parent's path is prepared from. What
+names another model does not inherit the shape of the parent's: another `model.preset` puts away every other key of `model` but
+`init`, `dropout` and `attention_dropout`; `model.init`, where the parent has neither `preset` nor `init`, those that weights decide
+(all but these and `rope_theta`, `rope_scaling`, `window`, `init_std`, `positions`). Another `model.init` also puts away
+`data.tokenizer`. `--set` of these does the same to the recipe.
 """
 TABLE = ["| key | value | default | meaning |", "|---|---|---|---|"]
 

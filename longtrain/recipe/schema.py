@@ -296,11 +296,14 @@ class Recipe(Section):
 
     @property
     def smallest_world(self) -> int:
-        """The fewest ranks that the recipe runs on; where cp is auto, the fewest that keep to tokens_per_rank."""
+        """The fewest ranks that the recipe runs on; where cp is auto, the fewest that keep to tokens_per_rank, if any do."""
         parallel, training = self.parallel, self.training
         dp = 1 if parallel.dp == "auto" else parallel.dp
         if parallel.cp != "auto":
             return dp * parallel.cp
+        if training.activations is Activations.MINIMAL:
+            # no ring, however many tokens a rank then holds
+            return dp
         held = training.micro_batch_size * training.sequence_length
         return dp * parallel.ulysses * -(-held // (parallel.tokens_per_rank * parallel.ulysses))
 

@@ -72,3 +72,8 @@ def system_folder(path: str) -> str | None:
 Int = Annotated[int, Field(le=2**63 - 1)]
 PathText = Annotated[str, AfterValidator(path_text)]
 OutputText = Annotated[str, AfterValidator(output_text)]
+
+
+def as_written(value: object) -> str:
+    """A value as a recipe has it."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)

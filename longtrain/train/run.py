@@ -127,7 +127,7 @@ def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw |
     if draw is not None:
         more.append(Background("plots", lambda: Redrawn(draw), terminal.say))
     run.trackers = Trackers([lines, terminal, *more], run_id)
-    for line in (*start.remarks, *aside, *warnings(run.split)):
+    for line in (*start.remarks, *aside, *warnings(run.split, None if start.checkpoint else run.plan)):
         run.trackers.say(line)
 
 

@@ -5,7 +5,6 @@ Compiling is most of the time. The sweep is cut into SHARDS tests, so that as ma
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -18,13 +17,11 @@ from longtrain.attention.reference import ReferenceKernel
 from longtrain.kernels.flash import FlashKernel
 from longtrain.kernels.flash.tiles import COMPACT, TABLE, Pass, Tiles, tile_for
 from longtrain.kernels.local import LocalAttend
-from tests.attention_cases import BIAS_SHAPES, Case, check_kernel
+from tests.attention_cases import Case, check_kernel
+from tests.attention_sweep import DTYPES, SHARDS, problems
 from tests.parity import results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
-SHARDS, KINDS, DRAWS = 16, 5, 14
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WIDTHS = (16, 32, 59, 64, 80, 96, 111, 128, 256)
 KERNEL = FlashKernel()
 
 
@@ -34,78 +31,17 @@ def _free() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def documents(draw: random.Random, rows: int, length: int) -> tuple[tuple[int, ...], ...]:
-    def one() -> tuple[int, ...]:
-        lengths: list[int] = []
-        while sum(lengths) < length and len(lengths) < 9:
-            lengths.append(min(draw.choice((0, 1, 17, 128, 200, length)), length - sum(lengths)))
-        return tuple(lengths)
-
-    return tuple(one() for _ in range(rows))
-
-
-def bound(draw: random.Random, kind: str, length: int) -> Band:
-    reach = draw.choice((1, 5, 64, 128, max(length // 2, 1)))
-    return {
-        "full": Band.full(),
-        "causal": Band.causal(),
-        "window": Band.causal(reach),
-        "lower": Band(draw.choice((1, -reach, reach)), None),
-        "upper": Band(None, draw.choice((-1, reach, -reach))),
-        "two-sided": Band(-reach, draw.choice((-1, 0, reach))),
-    }[kind]
-
-
-def problems(shard: int) -> list[tuple[Case, torch.dtype]]:
-    """KINDS combinations of what kernels are compiled for, DRAWS of what they are called with each: 1120 over all shards."""
-    draw, found = random.Random(shard), []
-    for kind in range(KINDS):
-        dtype = DTYPES[(shard + kind) % 3] if draw.random() < 0.8 else torch.bfloat16
-        width = draw.choice(WIDTHS if dtype != torch.float32 else (16, 59, 64, 128))
-        value = draw.choice((None, None, *WIDTHS)) if dtype != torch.float32 else None
-        bands = draw.choice((("full",), ("causal",), ("causal",), ("window", "two-sided"), ("lower",), ("upper",)))
-        packed, softcap, alibi, drop = (draw.random() < p for p in (0.5, 0.25, 0.25, 0.25))
-        bias = draw.choice((None, None, None, *BIAS_SHAPES))
-        # lengths of 1 (test_odd_lengths), multiples of 16 and others are compiled apart, and so is one query head a key head
-        lengths, groups = draw.choice(((63, 111, 257, 601), (128, 256, 640))), draw.choice(((1,), (2, 4)))
-        for _ in range(DRAWS):
-            length, batch, kv_heads = draw.choice(lengths), draw.choice((1, 2)), draw.choice((1, 2))
-            keys = draw.choice(lengths) if draw.random() < 0.25 else length
-            found.append(
-                (
-                    Case(
-                        bound(draw, draw.choice(bands), max(length, keys)),
-                        length,
-                        keys,
-                        batch,
-                        kv_heads * draw.choice(groups),
-                        kv_heads,
-                        width,
-                        value,
-                        documents(draw, batch, length) if packed else None,
-                        documents(draw, batch, keys) if packed and keys != length else None,
-                        softcap=3.0 if softcap else None,
-                        alibi=alibi,
-                        bias=bias,
-                        dropout=0.2 if drop else 0.0,
-                        seed=draw.randrange(2**31),
-                    ),
-                    dtype,
-                )
-            )
-    return found
-
-
 @pytest.mark.timeout(580)
 @pytest.mark.parametrize("shard", range(SHARDS), ids=[f"shard{i}-" for i in range(SHARDS)])
 def test_sweep(shard: int) -> None:
     failures = []
-    for case, dtype in problems(shard):
+    cases = problems(shard)
+    for case, dtype in cases:
         try:
             check_kernel(KERNEL, case, dtype, "cuda")
         except Exception as error:
             failures.append(f"{case} {dtype}: {type(error).__name__}: {str(error)[:300]}")
-    assert not failures, f"{len(failures)} of {KINDS * DRAWS}:\n" + "\n".join(failures[:8])
+    assert not failures, f"{len(failures)} of {len(cases)}:\n" + "\n".join(failures[:8])
 
 
 @pytest.mark.parametrize("tiles", [TABLE, COMPACT], ids=["table", "compact"])

@@ -170,13 +170,13 @@ class Noting(ReferenceKernel):
 @pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_the_kernel_of_each_length_also_in_one_graph(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """128 tokens and more are of different kernels on a CPU, the backward is of the forward's."""
+    """512 tokens and more are of different kernels on a CPU, the backward is of the forward's."""
     notes: list[str] = []
     both: tuple[AttentionKernel, ...] = tuple(Noting(kind.name, notes) for kind in (MemoryEfficientKernel, ReferenceKernel))
     monkeypatch.setattr(registry, "kernels", lambda: both)
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for call in (attention, compiled):
-        for length, name in ((100, "reference"), (128, "reference"), (129, "memory_efficient"), (101, "reference")):
+        for length, name in ((100, "reference"), (512, "reference"), (513, "memory_efficient"), (101, "reference")):
             notes.clear()
             results(call, length, CAUSAL, AttentionSpec(), "auto")
             assert notes == [f"{name} forward", f"{name} backward"]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from longtrain.attention import AttentionKernel, Band, Needs
 from longtrain.errors import KernelError, LongtrainError
 from longtrain.kernels import registry
-from longtrain.kernels.measured import TABLE, Measured, measured
+from longtrain.kernels.measured import CPU, TABLE, Measured, measured
 from longtrain.kernels.registry import BY_NAME, kernels, kinds_of, select
 
 NEEDS = Needs(frozenset(("causal", "full")), True, frozenset(), 64, 64, torch.bfloat16, "cpu")
@@ -119,8 +121,8 @@ REAL = {kernel.name: kernel for kernel in kernels()}
     ("device", "dtype", "length", "order"),
     [
         ("cpu", torch.float32, None, ["memory_efficient", "reference"]),
-        ("cpu", torch.float32, 128, ["reference", "memory_efficient"]),
-        ("cpu", torch.bfloat16, 129, ["memory_efficient", "reference"]),
+        ("cpu", torch.float32, 512, ["reference", "memory_efficient"]),
+        ("cpu", torch.bfloat16, 513, ["memory_efficient", "reference"]),
         ("cuda", torch.float16, None, ["triton", "cudnn", "flash"]),
         ("cuda", torch.float32, None, ["triton", "flash", "cudnn", "memory_efficient", "reference"]),
         ("abacus", torch.float32, None, []),
@@ -133,6 +135,14 @@ def test_the_order_is_the_measured_one(device: str, dtype: torch.dtype, length: 
         first = next((name for name in order if name in able), None)
         chosen = select(needs, candidates=tuple(Picky(name, []) for name in REAL if name in able)).kernel.name
         assert chosen == (first or next(name for name in REAL if name in able))
+
+
+def test_the_order_on_cpus_is_that_of_the_medians() -> None:
+    rows = json.loads((Path(__file__).parents[2] / CPU).read_text())["rows"]
+    for length in {row["length"] for row in rows}:
+        taken = measured(replace(NEEDS, device="cpu", length=length)).order
+        times = [row["milliseconds"] for row in rows if row["length"] == length]
+        assert statistics.median(t[taken[0]] / t[taken[1]] for t in times) < 1, length
 
 
 def test_the_slower_ones_name_the_figures() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+import re
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,9 @@ from longtrain.models.pretrained import open_pretrained
 from longtrain.models.rope import Dynamic, Linear, Llama3, Yarn
 from longtrain.plan import make_plan, plan
 from longtrain.plan.describe import describe
-from longtrain.plan.model import FIXED, FREE, OWN, model_config, resolve
+from longtrain.plan.model import FIXED, FREE, check_init, model_config, resolve, unseen_positions
 from longtrain.recipe.load import dump_recipe, parse_recipe
+from longtrain.recipe.model import OWN
 from longtrain.recipe.presets import PRESETS
 from longtrain.recipe.schema import Recipe
 
@@ -145,11 +148,39 @@ class TestInit:
             "  model.layers: 3 in the recipe, 2 in config.json",
             "  model.kv_heads: 4 in the recipe, 2 in config.json",
             "  model.norm_eps: 1e-05 in the recipe, 1e-06 in config.json",
-            "  model.tied_embeddings: True in the recipe, False in config.json",
-            "delete these from the recipe",
+            "  model.tied_embeddings: true in the recipe, false in config.json",
+            "delete these from the recipe, or from the one that it extends",
         ]
-        with pytest.raises(PlanError, match=r"model.family: llama in the recipe, opt in config.json"):
+
+    def test_a_preset_of_another_model_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(PlanError) as caught:
             resolve(recipe("model.preset=llama-7b", f"model.init={folder(tmp_path, OPT)}"))
+        said = str(caught.value).split("\n")
+        assert said[1] == "  model.family: llama in the preset, opt in config.json"
+        assert said[-1] == "llama-7b is another model: set model.preset to that of the weights, or to null"
+        assert "delete" not in said[-2]
+
+    def test_the_weights_count_more_than_what_a_preset_fills(self, tmp_path: Path) -> None:
+        """A newer Mistral has no window; the export of longer training has another theta and more positions."""
+        shape = model_config(recipe("model.preset=mistral-7b", "training.sequence_length=65536"))
+        weights = replace(shape, window=None, rope_theta=15.3e6, init_std=0.5)
+        given = ["model.preset=mistral-7b", f"model.init={folder(tmp_path, weights)}"]
+        resolved = resolve(recipe(*given))
+        assert (resolved.model.max_positions, resolved.model.preset) == (65536, "mistral-7b")
+        assert model_config(resolved) == weights
+        own = model_config(resolve(recipe(*given, "model.window=4096", "model.rope_theta=10000.0")))
+        assert (own.window, own.rope_theta) == (4096, 10000.0)
+        assert resolve(parse_recipe(dump_recipe(resolved), "again")) == resolved
+
+    def test_scalings_of_a_preset_and_of_weights(self, tmp_path: Path) -> None:
+        shape = model_config(recipe("model.preset=llama-3.2-1b", "training.sequence_length=131072"))
+        given = ["model.preset=llama-3.2-1b", f"model.init={folder(tmp_path, replace(shape, rope_scaling=None))}"]
+        assert model_config(resolve(recipe(*given))).rope_scaling is None
+        with pytest.raises(PlanError, match=r"^model\.rope_scaling: .* for kind llama3, but .* kind none; set .*\.kind too"):
+            resolve(recipe(*given, "model.rope_scaling.factor=64"))
+        folder(tmp_path, replace(shape, rope_scaling=Llama3(8.0, 4096)))
+        assert model_config(resolve(recipe(*given))).rope_scaling == Llama3(8.0, 4096)
+        assert model_config(resolve(recipe(*given, "model.rope_scaling.factor=64"))).rope_scaling == Llama3(64.0, 4096)
 
     def test_a_whole_recipe_is_planned_without_the_folder(self, tmp_path: Path) -> None:
         absent = tmp_path / "absent"
@@ -157,8 +188,23 @@ class TestInit:
         said = dict(describe(made))
         assert said["weights"].startswith(f"from {absent} (not there yet")
         assert said["positions"] == "2,048 learned"
-        with pytest.raises(PlanError, match=rf"model.init: there is no folder {absent} .*set model.preset or model.family, "):
+        with pytest.raises(PlanError, match=rf"model.init: there is no folder {absent} .*put a Hugging Face folder .* there\n"):
             make_plan(recipe(f"model.init={absent}"), 1, "cpu")
+
+    @pytest.mark.parametrize("check", [resolve, check_init])
+    def test_weights_that_are_not_there_can_be_had(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[[Recipe], object]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        fetch = r"\n  hf download meta-llama/Llama-2-7b-hf --local-dir weights/Llama-2-7b-hf\nand set model.init to weights/Llama"
+        with pytest.raises(PlanError, match=fetch):
+            check(recipe("model.init=meta-llama/Llama-2-7b-hf"))
+        for local in ("weights/llama", "meta-llama", "/weights/of/mine"):
+            with pytest.raises(PlanError, match="put a Hugging Face folder with its weights there") as caught:
+                check(recipe(f"model.init={local}"))
+            assert "hf download" not in str(caught.value)
+        with pytest.raises(PlanError, match=r"get it with\n  hf download meta-llama/Llama-2-7b-hf .*--local-dir weights/llama"):
+            check_init(recipe("model.preset=llama-2-7b", "model.init=weights/llama"))
 
     def test_a_damaged_folder_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text("{")
@@ -189,6 +235,49 @@ class TestInit:
             made = make_plan(recipe(init, f"model.positions.extend={extend}"), 1, "cpu")
             assert made.model.max_positions == 64
             assert dict(describe(made))["positions"] == f"64 learned, {extend} beyond 32"
+
+
+class TestUnseenPositions:
+    @pytest.mark.parametrize(
+        ("weights", "changes", "length", "told"),
+        [
+            (LLAMA, [], 64, None),
+            (LLAMA, [], 65, "know 64 positions; those beyond, up to 65, are new .* with a factor of 2 or more, or a higher"),
+            (LLAMA, ["model.rope_theta=1e6"], 1000, None),
+            (LLAMA, ["kind=linear", "factor=2"], 128, None),
+            (LLAMA, ["kind=linear", "factor=2"], 250, "know 64 positions, 128 with model.rope_scaling linear; .* a factor of 4 or"),
+            (LLAMA, ["kind=yarn", "factor=4", "original_length=64"], 256, None),
+            (LLAMA, ["kind=yarn", "factor=4", "original_length=64"], 257, "256 with model.rope_scaling yarn"),
+            (LLAMA, ["kind=dynamic", "factor=1", "original_length=64"], 1000, None),
+            # a window of the length that is known
+            (replace(LLAMA, window=64), [], 1000, None),
+            # weights that were stretched to the length that they know
+            (replace(LLAMA, rope_scaling=Linear(4.0)), [], 64, None),
+            (replace(LLAMA, rope_scaling=Linear(4.0)), [], 65, "know 64 positions; .* a factor of 5 or more"),
+            (replace(LLAMA, rope_scaling=Linear(4.0)), ["kind=linear", "factor=8"], 128, None),
+            (replace(LLAMA, rope_scaling=Linear(4.0)), ["kind=none"], 64, "know 64 positions, 16 with model.rope_scaling none"),
+            (replace(LLAMA, rope_scaling=Llama3(4.0, 16)), ["kind=llama3", "factor=8", "original_length=16"], 129, "128 with"),
+            # learned positions are refused, or stretched by positions.extend
+            (OPT, ["model.positions.extend=random"], 64, None),
+        ],
+    )
+    def test_a_plan_tells(self, tmp_path: Path, weights: ModelConfig, changes: list[str], length: int, told: str | None) -> None:
+        # the window of LLAMA is shorter than what it knows
+        weights = replace(weights, window=None) if weights.window == 9 else weights
+        changes = [change if change.startswith("model.") else f"model.rope_scaling.{change}" for change in changes]
+        chosen = recipe(f"model.init={folder(tmp_path, weights)}", f"training.sequence_length={length}", *changes)
+        made = make_plan(chosen, 1, "cpu")
+        warned = [text for what, text in describe(made) if what == "warning"]
+        assert len(warned) == (told is not None)
+        assert told is None or re.search(told, warned[0])
+        again = make_plan(parse_recipe(dump_recipe(made.recipe), "again"), 1, "cpu")
+        assert [text for what, text in describe(again) if what == "warning"] == warned
+
+    def test_a_preset_stands_for_weights_that_are_not_there(self, tmp_path: Path) -> None:
+        given = ["model.preset=llama-2-7b", f"model.init={tmp_path / 'absent'}", "training.sequence_length=8192"]
+        assert unseen_positions(make_plan(recipe(*given), 1, "cpu").recipe)
+        assert not unseen_positions(make_plan(recipe(*given, "model.rope_theta=1e6"), 1, "cpu").recipe)
+        assert not unseen_positions(make_plan(recipe("model.preset=llama-2-7b", given[2]), 1, "cpu").recipe)
 
 
 class TestFused:

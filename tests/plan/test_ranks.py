@@ -129,6 +129,11 @@ def test_smallest_world() -> None:
     assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.dp=2").smallest_world == 8
     assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.ulysses=4").smallest_world == 4
     assert small("parallel.cp=auto", "parallel.tokens_per_rank=12", "parallel.ulysses=4").smallest_world == 8
+    minimal = small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.dp=2", "training.activations=minimal")
+    assert minimal.smallest_world == 2
+    made = make_plan(minimal, 2, "cpu")
+    assert made.cp == 1
+    assert words(made)["warning"].endswith("training.activations minimal allows no ring")
     for name in builtin_recipes():
         recipe = load_recipe(name)
         make_plan(recipe, recipe.smallest_world, "cpu")

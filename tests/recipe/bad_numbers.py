@@ -9,7 +9,7 @@ KINDS = (
     ("lr: 1e-3", "lr: {}", "21: optimizer.lr", "a number", True),
     ("lr: 1e-3", "lr: 1e-3\n  grad_clip: {}", "22: optimizer.grad_clip", "a number or null", True),
     ("betas: [0.9, 0.95]", "betas: [0.9, {}]", "22: optimizer.betas.1", "a number", True),
-    ("path: data/tiny", "sources: {{data/tiny: {}}}", "12: data.sources", "a number", True),
+    ("path: data/tiny", "sources: {{data/tiny: {}}}", "12: data.sources.data/tiny", "a number", True),
 )
 UNITS = [
     (

@@ -326,6 +326,22 @@ MODELS = [
         "activations: none\n  fused: all",
         "20: training.fused: expected 'auto' or 'none' or a list of 'norm' or 'rotary' or 'mlp' or 'loss', found the text 'all'",
     ),
+    (
+        "activations: none",
+        "activations: none\n  fused: [mlp, foo]",
+        "20: training.fused.1: expected 'norm' or 'rotary' or 'mlp' or 'loss', found the text 'foo'",
+    ),
+    (
+        "path: data/tiny",
+        "sources:\n    a: 1\n    data/notes: -1",
+        "14: data.sources.data/notes: must be greater than 0, found the whole number -1",
+    ),
+    ("path: data/tiny", "sources: {a: b}", "12: data.sources.a: expected a number, found the text 'b'"),
+    (
+        "stage: 1",
+        "stage: 1\ntracking: {tags: [a, 3]}",
+        "28: tracking.tags.1: expected text, found the whole number 3; put it in quotes",
+    ),
 ]
 YAML_TRAPS = [
     ("steps: 100", "steps: 100\n  steps: 200", "16: training.steps: key given twice, first on line 15; delete one"),

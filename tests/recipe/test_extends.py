@@ -7,6 +7,7 @@ import pytest
 from longtrain.data.opening import prepare_command
 from longtrain.errors import RecipeError
 from longtrain.recipe.load import dump_recipe, load_recipe
+from longtrain.recipe.model import ModelSection
 from tests.recipe.bad_recipes import BASE
 
 CHILD = """\
@@ -64,6 +65,61 @@ def test_the_corpus_goes_with_its_path(family: Path, data: str, corpus: str | No
     assert (child.data.corpus, child.data.tokenizer) == (corpus, "hf:some/tokenizer")
     advised = prepare_command(child, next(iter(child.data.folders)), None)
     assert f"--source {corpus or 'SOURCE'} --tokenizer hf:some/tokenizer --out " in advised
+
+
+def shape_of(text: str, *overrides: str) -> dict[str, object]:
+    Path("x.yaml").write_text(text)
+    return load_recipe("x.yaml", overrides).model.model_dump()
+
+
+LLAMA_3 = "name: child\nmodel: {preset: llama-3-8b%s}\ndata: {path: d}\n" + (
+    "training: {sequence_length: 8, steps: 9, batch_size: 4, precision: fp32, activations: none}\noptimizer: {lr: 0.1}\n"
+)
+
+
+@pytest.mark.parametrize("spelled", ["", ", layers: 3", ", rope_theta: 1e6", ", kv_heads: null"])
+def test_a_preset_takes_the_place_of_the_shape_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = shape_of(LLAMA_3 % spelled)
+    parents = ("llama-1b-32k", "quickstart", "opt-125m-4k")
+    for parent in parents:
+        init = load_recipe(parent).model.init
+        assert shape_of(f"extends: {parent}\nname: child\nmodel: {{preset: llama-3-8b{spelled}}}\n") == wanted | {"init": init}
+        changes = [f"model.{change.replace(': ', '=')}" for change in f"preset: llama-3-8b{spelled}".split(", ")]
+        assert load_recipe(parent, changes).model.model_dump() == wanted | {"init": init}
+    assert shape_of("extends: opt-125m-4k\nname: child\nmodel: {preset: opt-125m}\n")["positions"] == {"extend": "interpolate"}
+    kept = shape_of("extends: quickstart\nname: child\nmodel: {dropout: 0.25}\n", "model.preset=llama-7b")
+    assert (kept["dropout"], kept["tied_embeddings"]) == (0.25, False)
+
+
+def test_weights_take_the_place_of_the_shape_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for parent in ("quickstart", "llama-1b-32k"):
+        wanted = ModelSection(init="hf/llama", rope_theta=load_recipe(parent).model.rope_theta)
+        assert shape_of(f"extends: {parent}\nname: child\nmodel: {{init: hf/llama}}\n") == wanted.model_dump()
+        assert load_recipe(parent, ["model.init=hf/llama"]).model == wanted
+    assert load_recipe("quickstart", ["model.init=hf/llama", "model.window=9"]).model == ModelSection(init="hf/llama", window=9)
+    # more of the same model: how its context is extended stays
+    further = shape_of("extends: llama3-8b-512k\nname: child\nmodel: {init: runs/256k/huggingface}\n")
+    assert further == load_recipe("llama3-8b-512k").model.model_dump() | {"init": "runs/256k/huggingface"}
+
+
+@pytest.mark.parametrize(
+    ("child", "overrides", "tokenizer"),
+    [
+        ("model: {init: weights/other}", [], None),
+        ("model: {init: weights/other}\ndata: {tokenizer: hf:my/own}", [], "hf:my/own"),
+        ("model: {init: weights/opt-125m}", [], "hf:facebook/opt-125m"),
+        ("model: {init: null}", [], "hf:facebook/opt-125m"),
+        ("seed: 3", ["model.init=weights/other"], None),
+        ("seed: 3", ["model.init=weights/other", "data.tokenizer=hf:my/own"], "hf:my/own"),
+    ],
+)
+def test_the_tokenizer_goes_with_the_weights(write, child: str, overrides: list[str], tokenizer: str | None) -> None:
+    recipe = load_recipe(write(f"extends: opt-125m-4k\nname: child\n{child}\n"), overrides)
+    assert recipe.data.tokenizer == tokenizer
+    wanted = tokenizer or recipe.model.init
+    assert f" --tokenizer {wanted} " in prepare_command(recipe, "data/fineweb-opt", None)
 
 
 def test_a_built_in_recipe_is_extended_by_its_name(write) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -19,6 +20,7 @@ from longtrain.evaluate.held_out import held_out_loss
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import MOMENTS
 from longtrain.plan import make_plan
+from longtrain.recipe.model import FIXED
 from longtrain.train import assemble as assembly
 from longtrain.train.assemble import open_data
 from longtrain.train.checkpoint import save as save_checkpoint
@@ -354,9 +356,12 @@ def test_other_data_is_refused_and_moved_data_is_not(trained: Path, tmp_path: Pa
 
 
 def test_where_the_first_weights_came_from_no_longer_matters(trained: Path) -> None:
-    start = pick(trained, "run", "auto", "model.init=nowhere", "data.corpus=stdlib")
+    # model.init puts the shape below it away
+    shape = tiny_recipe().model.model_dump(mode="json", include=set(FIXED), exclude_none=True)
+    shaped = [f"model.{name}={json.dumps(value)}" for name, value in shape.items()]
+    start = pick(trained, "run", "auto", "model.init=nowhere", "data.corpus=stdlib", *shaped)
     changes = [remark.split(": ", 1)[1] for remark in start.remarks[1:]]
-    assert changes == ["data.corpus: None -> stdlib", "model.init: None -> nowhere"]
+    assert changes == ["data.corpus: null -> stdlib", "model.init: null -> nowhere"]
 
 
 def test_a_checkpoint_without_its_manifest_is_passed_over(trained: Path, tmp_path: Path) -> None:
