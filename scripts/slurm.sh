@@ -8,9 +8,14 @@
 #
 #   longtrain plan llama-7b-128k --set device=cuda --ranks 16          and on one node        srun --gpus 8 longtrain doctor
 #
-# parallel.cp should divide the GPUs of a node: rings then stay inside it. Five minutes before the end Slurm asks the run to save. After
-# a preemption or a time limit the same command goes on from the newest checkpoint; after a preemption Slurm gives it itself.
-# Activate the environment before sbatch, or below.
+# parallel.cp should divide the GPUs of a node: rings then stay inside it. Activate the environment before sbatch, or below.
+#
+# Five minutes before the end Slurm asks the run to save. The step that is running and the save must fit into that time, and after a
+# preemption into the partition's GraceTime. To have more:
+#
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT=890 sbatch --signal TERM@900 ...    # seconds that torchrun and that Slurm wait; needs torch 2.12
+#
+# After a preemption or a time limit the same command goes on from the newest checkpoint; after a preemption Slurm gives it itself.
 #SBATCH --job-name=longtrain
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
@@ -27,6 +32,13 @@ HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${HOSTS%%$'\n'*}
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# torchrun passes the signal on, and kills its ranks 30 s later unless it is told to wait until Slurm would
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-290}
+if [[ $(torchrun --help) != *--shutdown-timeout* ]]; then
+  echo "WARNING: the torchrun of this torch kills its ranks 30 s after it is asked to stop, so a step and a save must fit into" \
+    "that; torch 2.12 waits TORCH_ELASTIC_SHUTDOWN_TIMEOUT ($TORCH_ELASTIC_SHUTDOWN_TIMEOUT s)" >&2
+fi
 
 # one torchrun a node; --kill-on-bad-exit ends the others when one node has failed, instead of letting them wait
 srun --kill-on-bad-exit=1 bash -c '

@@ -94,7 +94,7 @@ def test_report() -> None:
         "training loss",
         "held-out loss",
         "tokens/s",
-        str(CHECKPOINT),
+        f"checkpoint       {CHECKPOINT}\n",
         "run/huggingface",
         "def ",
     ):
@@ -110,6 +110,19 @@ def test_report_stands_without_a_sample(gone: str) -> None:
     assert said.code == 0
     assert "training loss" in said.text
     assert "no sample: " in said.text
+    assert (f"{CHECKPOINT}, the newest; " in said.text) == (gone == "data")
+
+
+@pytest.mark.usefixtures("trained")
+def test_report_names_the_checkpoint_that_the_sample_is_of() -> None:
+    older, newest = Path("run/checkpoints/step-00000002"), CHECKPOINT
+    newest.joinpath("state.json").write_text("{")
+    said = command("report", "run", "--tokens", "1")
+    assert f"WARNING: passed over {newest.name}: " in said.text
+    assert f"checkpoint       {older}\n" in said.text
+    assert str(newest) not in said.text.replace(f"{newest}/", "")
+    said = command("report", "run", "--tokens", "0")
+    assert f"checkpoint       {newest}, the newest; `longtrain checkpoint ls run --verify` says which are sound\n" in said.text
 
 
 @pytest.mark.usefixtures("trained")

@@ -224,7 +224,7 @@ def test_full_disk_at_the_start_and_while_saving(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("trained")
 def test_full_disk_while_exporting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", no_space)
-    refused(Refusal(("error: No space left on device",)), "export", "run", "--out", "out")
+    refused(Refusal(("error: out: cannot be written: No space left on device",)), "export", "run", "--out", "out")
 
 
 @pytest.mark.usefixtures("fresh")

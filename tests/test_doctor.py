@@ -41,7 +41,7 @@ LAPTOP: dict[str, dict[str, Any]] = {
     },
     "disk": {"folder": "/home/me", "free": 100 * GIB, "inodes": 1_000_000, "refused": None, "filesystem": "ext4"},
     "torch": {"version": "2.13.0+cpu", "cuda": None, "distributed": True, "gloo": True, "nccl": None},
-    "variables": {"wandb_key": False},
+    "variables": {"wandb_key": False, "wandb_host": "api.wandb.ai", "compiler": None},
     "network": {"host": "laptop", "address": "127.0.1.1", "port": "29500", "free": True},
     "locks": {"root": "/home/me/.cache/torch_extensions", "locks": {}},
     "gpus": {"gpus": []},
@@ -54,10 +54,11 @@ LAPTOP: dict[str, dict[str, Any]] = {
         "fused": [],
         "plain": ["norm", "loss"],
     },
+    "deepspeed": {"imported": True},
 }
 SERVER = {
     **LAPTOP,
-    "host": {**LAPTOP["host"], "compiler": "/usr/bin/cc", "python_header": True, "driver": True},
+    "host": {**LAPTOP["host"], "compiler": "/usr/bin/gcc", "python_header": True, "driver": True},
     "packages": {**LAPTOP["packages"], "triton": "3.6.0", "torch": "2.11.0+cu130"},
     "torch": {"version": "2.11.0+cu130", "cuda": "13.0", "distributed": True, "gloo": True, "nccl": "2.28.3"},
     "gpus": {"gpus": [H100, H100]},
@@ -106,10 +107,11 @@ CASES: list[tuple[dict[str, dict[str, Any]], str, dict[str, Any], Level, str, st
     (LAPTOP, "packages", {"deepspeed": None}, Level.BROKEN, "not installed", "pip install 'deepspeed>=0.19.5'"),
     (LAPTOP, "packages", {"deepspeed": "0.19.4"}, Level.BROKEN, "0.19.4 is older than 0.19.5", "pip install"),
     (LAPTOP, "packages", {"torch": "2.9.1+cu128"}, Level.BROKEN, "2.9.1+cu128 is older than 2.10", "pip install 'torch>=2.10'"),
-    (LAPTOP, "packages", {"wandb": "0.31.0"}, Level.NOTE, "no key found", "wandb login"),
+    (LAPTOP, "packages", {"wandb": "0.31.0"}, Level.NOTE, "no key for api.wandb.ai found", "wandb login"),
     (SERVER, "packages", {"triton": None}, Level.WARNING, "plain torch, which is slow on GPUs", "pip install 'triton>=3.6'"),
     (LAPTOP, "host", {"driver": True}, Level.BROKEN, "this torch was built for the CPU only", "built for CUDA"),
     (SERVER, "host", {"compiler": None}, Level.BROKEN, "no C compiler", "install gcc"),
+    (SERVER, "variables", {"CC": "/opt/cc"}, Level.BROKEN, "CC=/opt/cc is no program", "unset CC"),
     (SERVER, "host", {"python_header": False}, Level.BROKEN, "no Python.h", "python3-dev"),
     (SERVER, "host", {"shared_memory": 64 << 20}, Level.WARNING, "/dev/shm has 64 MiB", "--shm-size"),
     (LAPTOP, "torch", {"gloo": False}, Level.BROKEN, "built without gloo", "its own wheels"),
@@ -149,6 +151,20 @@ def test_what_is_wrong(
     assert advice in (told[0].advice or "")
     assert worst(findings) == level
     assert worst(findings).exit_code == {Level.NOTE: 0, Level.WARNING: 1, Level.BROKEN: 2}[level]
+
+
+def test_a_compiler_by_name_is_enough() -> None:
+    """For what Triton asks first."""
+    named = {"variables": {**SERVER["variables"], "CC": "icx", "compiler": "/opt/icx"}}
+    assert worst(found({**SERVER, **named}, "host", compiler=None)).exit_code == 0
+
+
+def test_deepspeed_that_cannot_be_imported() -> None:
+    answers = {name: Answer(facts) for name, facts in LAPTOP.items()}
+    answers["deepspeed"] = Answer(problem="ImportError: cannot import name 'log' from 'torch'")
+    told = [finding for finding in judge(answers) if finding.what == "deepspeed"]
+    assert [finding.level for finding in told] == [Level.BROKEN]
+    assert "install deepspeed anew" in (told[0].advice or "")
 
 
 def test_network_file_systems_are_for_several_nodes() -> None:
@@ -248,6 +264,37 @@ def test_without_torch_the_doctor_still_answers(tmp_path: Path) -> None:
     )
     done = process(sys.executable, "-c", code)
     assert done.stdout == "['host', 'packages', 'disk']\n", done.stderr
+
+
+def test_deepspeed_is_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setattr(probes, "version", lambda name: "0.19.8")
+    with pytest.raises(ImportError):
+        probes.deepspeed(tmp_path)
+
+
+def test_the_key_is_one_for_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    (tmp_path / "netrc").write_text("machine wandb.lab:8080 login user password secret\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for url, host, key in (
+        ("http://wandb.lab:8080", "wandb.lab:8080", True),
+        ("https://me:secret@wandb.other", "wandb.other", False),
+        ("", "api.wandb.ai", False),
+    ):
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        facts = probes.variables(tmp_path)
+        assert (facts["wandb_host"], facts["wandb_key"]) == (host, key)
+        assert "secret" not in str(facts)
+
+
+def test_the_compiler_that_a_variable_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for named, found in ((sys.executable, sys.executable), (str(tmp_path / "none"), None)):
+        monkeypatch.setenv("CC", named)
+        assert probes.variables(tmp_path)["compiler"] == found
+    monkeypatch.delenv("CC")
+    assert probes.variables(tmp_path)["compiler"] is None
 
 
 def test_ports() -> None:

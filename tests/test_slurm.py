@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed import run
 
 from tests.user import REPOSITORY
 
@@ -17,7 +19,12 @@ STUBS = {
     "scontrol": '[ "$*" = "show hostnames node[07-08]" ] || exit 1\necho node07\nsleep 0.1\necho node08',
     # one task a node, each with its own number and GPUs; the first failure is srun's
     "srun": 'echo "srun $1" >> calls\nshift\nfor n in 0 1; do SLURM_NODEID=$n SLURM_GPUS_ON_NODE=${GPUS-} "$@" || exit $?; done',
-    "torchrun": 'printf "%s\\0" "$OMP_NUM_THREADS" "$@" > "torchrun-$SLURM_NODEID"\nexit "${FAILURE:-0}"',
+    "torchrun": """
+if [ "$*" = --help ]; then echo "usage: torchrun ${OPTIONS-[--shutdown-timeout SECONDS]}"; exit; fi
+printf "%s\\0" "$OMP_NUM_THREADS" "$@" > "torchrun-$SLURM_NODEID"
+echo "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT" > patience
+exit "${FAILURE:-0}"
+""",
 }
 RECIPE = ["--recipe", "llama-7b-128k", "--set", "training.steps=20000", "--set", "data.path=a folder/with 'quotes' and $HOME"]
 
@@ -34,7 +41,8 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     values = {"SLURM_JOB_NODELIST": "node[07-08]", "SLURM_JOB_ID": "123456", "SLURM_NNODES": "2", "GPUS": "8"}
     for name, value in values.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
     # Slurm runs a copy of the script, from the folder that the job was submitted in
     shutil.copy(SLURM, tmp_path / "slurm_script")
     monkeypatch.chdir(tmp_path)
@@ -87,6 +95,26 @@ def test_the_exit_code_is_the_runs(job: Path, monkeypatch: pytest.MonkeyPatch) -
         Path(f"torchrun-{node}").unlink(missing_ok=True)
     assert submit(*RECIPE) != 0
     assert not Path("torchrun-0").exists(), "without a first node nothing is started"
+
+
+def test_torchrun_waits_as_long_as_slurm(job: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Otherwise it kills the ranks while they save."""
+    assert submit() == 0
+    assert Path("patience").read_text() == "290\n"
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "890")
+    assert submit() == 0
+    assert Path("patience").read_text() == "890\n"
+    assert capfd.readouterr().err == ""
+    monkeypatch.setenv("OPTIONS", "[--nnodes N]")
+    assert submit() == 0
+    assert "WARNING: the torchrun of this torch kills its ranks 30 s after" in capfd.readouterr().err
+
+
+def test_this_torchrun_can_wait() -> None:
+    """What slurm.sh looks for in its help, and the variable that it sets."""
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    wanted = run.get_args_parser().format_help()
+    assert ("--shutdown-timeout" in wanted and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in wanted) == (version >= (2, 12))
 
 
 def test_options_of_the_job() -> None:

@@ -45,13 +45,18 @@ def prepare_data(
         ),
     ] = None,
     held_out: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help=f"Share of documents kept from training.  [default: {HELD_OUT}; stdlib: fixed files]"),
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help=f"Share of documents kept from training, as 2% or 0.02.  [default: {HELD_OUT}; stdlib: fixed files]",
+        ),
     ] = None,
     max_bad: Annotated[
         str, typer.Option(metavar="SHARE", help="Share of malformed records to pass over, as 1% or 0.01.")
     ] = f"{MAX_BAD:.1%}",
-    max_tokens: Annotated[str | None, typer.Option(metavar="N", help="Stop after about so many training tokens, as 2e9.")] = None,
+    max_tokens: Annotated[
+        str | None, typer.Option(metavar="N", help="Stop with the document that reaches so many training tokens, as 2e9.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Processes.  [default: all cores, for more than a little text]")
     ] = None,
@@ -76,8 +81,8 @@ def prepare_data(
                 bos=bos,
                 eos=eos,
                 vocab_size=vocab_size,
-                held_out=held_out,
-                max_bad=share(max_bad),
+                held_out=None if held_out is None else share("--held-out", held_out),
+                max_bad=share("--max-bad", max_bad),
                 max_tokens=count(max_tokens),
                 workers=workers,
                 seed=seed,
@@ -91,14 +96,14 @@ def prepare_data(
         say(prepared.report(sequence_length))
 
 
-def share(text: str) -> float:
+def share(option: str, text: str) -> float:
     """'0.1%' or '0.001'. DataError where it is no share."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = float("nan")
     if not 0 <= value <= 1:
-        raise DataError(f"--max-bad {text}: expected a share, such as 0.1% or 0.001")
+        raise DataError(f"{option} {text}: expected a share, such as 0.1% or 0.001")
     return value
 
 

@@ -35,15 +35,17 @@ def report(
         if math.isnan(temperature):
             raise PlanError("--temperature nan: give a number of at least 0")
         _report(run)
-        if tokens:
-            _sample(run, data, prompt, tokens, temperature)
+        trained = _trained(run, data) if tokens else None
+        if trained is None:
+            _say_newest(run)
+        else:
+            say_lines([("checkpoint", str(trained.checkpoint))])
+            _sample(run, trained, prompt, tokens, temperature)
 
 
 def _report(folder: Path) -> None:
     from longtrain.evaluate.plot import LOSS_PLOT
     from longtrain.evaluate.report import summary
-    from longtrain.train.checkpoint_folder import find_latest
-    from longtrain.train.resume import CHECKPOINTS
     from longtrain.train.run_folder import EXPORT_FOLDER
     from longtrain.train.tracking import METRICS_FILE, read_metrics
 
@@ -52,25 +54,36 @@ def _report(folder: Path) -> None:
         raise CheckpointError(f"{folder / METRICS_FILE}: no reports there; name the folder of a run that has trained")
     lines = summary(rows)
     exports = sorted(folder.glob(f"{EXPORT_FOLDER}*"), key=lambda path: path.stat().st_mtime)
-    found = [
-        ("plot", folder / LOSS_PLOT),
-        ("checkpoint", find_latest(folder / CHECKPOINTS)),
-        ("Hugging Face", (exports or [None])[-1]),
-    ]
+    found = [("plot", folder / LOSS_PLOT), ("Hugging Face", (exports or [None])[-1])]
     lines += [(what, str(path)) for what, path in found if path is not None and path.exists()]
     say_lines(lines)
 
 
-def _sample(folder: Path, data: Path | None, prompt: str, tokens: int, temperature: float) -> None:
-    """The sample and the next command; where the checkpoint or its tokenizer is gone, the reason instead: the report stands."""
-    from longtrain.evaluate.generate import generate
+def _trained(folder: Path, data: Path | None) -> Trained | None:
+    """The newest sound checkpoint; where it or its tokenizer is gone, the reason is said instead: the report stands."""
     from longtrain.train.export import load_trained
 
     try:
-        trained = load_trained(folder, data=data, warn=warn)
+        return load_trained(folder, data=data, warn=warn)
     except (CheckpointError, DataError) as error:
-        say(f"\nno sample: {error}")
-        return
+        say(f"no sample: {error}")
+        return None
+
+
+def _say_newest(folder: Path) -> None:
+    """The newest checkpoint, of which no more is known than its name: reading what is in it takes a while."""
+    from longtrain.train.checkpoint_folder import find_latest
+    from longtrain.train.resume import CHECKPOINTS
+
+    newest = find_latest(folder / CHECKPOINTS)
+    if newest is not None:
+        say_lines([("checkpoint", f"{newest}, the newest; `longtrain checkpoint ls {folder} --verify` says which are sound")])
+
+
+def _sample(folder: Path, trained: Trained, prompt: str, tokens: int, temperature: float) -> None:
+    """The sample and the next command."""
+    from longtrain.evaluate.generate import generate
+
     bos, eos = trained.tokenizer.bos, trained.tokenizer.eos
     # where documents begin with their text, an empty prompt goes on after the end of one
     ids = [*([] if bos is None else [bos]), *trained.tokenizer.encode(prompt)] or [eos]

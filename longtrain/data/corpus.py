@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from longtrain.errors import DataError
@@ -53,12 +52,16 @@ _REASONS = {"not_utf8": "not UTF-8", "unreadable": "unreadable", "empty": "empty
 
 @dataclass(frozen=True)
 class Document:
-    """A file: `name` is its path below the source with forward slashes, on every machine the same. modified: in nanoseconds."""
+    """A file: `name` is its path below the source with forward slashes, on every machine the same. modified: in nanoseconds.
+
+    held_out: whether it is kept from training; None: its text decides.
+    """
 
     name: str
     path: Path
     size: int = 0
     modified: int = 0
+    held_out: bool | None = None
 
 
 @dataclass
@@ -91,10 +94,9 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text files of both splits, each in the shuffled order in which they are written, and files that hold many documents."""
+    """Text files in the shuffled order in which they are written, and files that hold many documents."""
 
-    train: tuple[Document, ...]
-    heldout: tuple[Document, ...]
+    documents: tuple[Document, ...]
     containers: tuple[Document, ...]
     skipped: Skipped
 
@@ -103,15 +105,15 @@ def find_corpus(
     source: Path,
     *,
     globs: Sequence[str] = (),
-    held_out: float | frozenset[str] = 0.02,
+    held_out: frozenset[str] = frozenset(),
     seed: int = 0,
     skip_folders: frozenset[str] = frozenset(),
 ) -> Corpus:
-    """All text files below `source`, split and shuffled. Hidden files and folders are left out, and those named in `skip_folders`.
+    """All text files below `source`, shuffled. Hidden files and folders are left out, and those named in `skip_folders`.
 
     globs: patterns on a document's name ('**' crosses folders); none means TEXT_SUFFIXES and CONTAINERS, but not both in a folder.
-    held_out: the share of documents kept from training, chosen by a hash of the name, or the names themselves. Order and split
-    depend on names and seed alone. DataError where the folder is missing or a split of text files has no document.
+    held_out: names of what is kept from training; without any, the texts decide. The order depends on names and seed alone.
+    DataError where the folder is missing or holds no text, and where names leave a split without a document.
     """
     if not source.is_dir():
         problem = "is a file; give the folder that holds it" if source.exists() else "no such file or folder"
@@ -133,17 +135,13 @@ def find_corpus(
             f"for example --glob '**/*{containers[0].path.suffix}'"
         )
     if not documents and containers:
-        return Corpus((), (), containers, skipped)
+        return Corpus((), containers, skipped)
     if not documents:
         found = ", ".join(f"{count} x {suffix}" for suffix, count in others.most_common(5)) or "no readable files at all"
         looked_for = f"--glob {' --glob '.join(globs)}" if globs else "the usual text suffixes"
         raise DataError(f"--source {source}: no text files; looked for {looked_for}, found {found}. Name them with --glob")
     documents.sort(key=lambda document: (_hash(f"order {seed}", os.fsencode(document.name)), document.name))
-    kept_back = _held_out(documents, held_out)
-    train = tuple(document for document in documents if document.name not in kept_back)
-    if not train:
-        raise DataError(f"all {len(documents)} documents are held out, none is left to train on: lower --held-out or add documents")
-    return Corpus(train, tuple(document for document in documents if document.name in kept_back), containers, skipped)
+    return Corpus(tuple(_split(documents, held_out) if held_out else documents), containers, skipped)
 
 
 def find_stdlib(*, globs: Sequence[str] = (), seed: int = 0) -> Corpus:
@@ -185,19 +183,12 @@ def _walk(source: Path, skip_folders: frozenset[str], skipped: Skipped) -> Itera
                 yield Document(name_of(path), Path(path), status.st_size, status.st_mtime_ns)
 
 
-def _held_out(documents: Sequence[Document], held_out: float | frozenset[str]) -> frozenset[str]:
-    if isinstance(held_out, frozenset):
-        chosen = frozenset(document.name for document in documents) & held_out
-        if not chosen:
-            raise DataError(f"none of the held-out files is among the documents: let --glob match {_some(sorted(held_out))}")
-        return chosen
-    check_share(held_out)
-    places = {document.name: place_of(os.fsencode(document.name)) for document in documents}
-    chosen = frozenset(name for name, place in places.items() if place < held_out)
-    if not chosen:
-        enough = math.ceil(min(places.values()) * 1000 + 1) / 1000
-        advice = f"use --held-out {enough:g}" if len(documents) > 1 else "split the text into several files"
-        raise DataError(f"a file is a document, and --held-out {held_out:g} picks none of {len(documents)}: {advice}")
+def _split(documents: Sequence[Document], held_out: frozenset[str]) -> list[Document]:
+    chosen = [replace(document, held_out=document.name in held_out) for document in documents]
+    if not any(document.held_out for document in chosen):
+        raise DataError(f"none of the held-out files is among the documents: let --glob match {_some(sorted(held_out))}")
+    if all(document.held_out for document in chosen):
+        raise DataError(f"all {len(chosen)} documents are held out, none is left to train on: let --glob match others")
     return chosen
 
 
@@ -208,7 +199,7 @@ def check_share(held_out: float) -> None:
 
 
 def place_of(content: bytes) -> float:
-    """A number in [0, 1) that a document's name or text decides; those below --held-out are held out."""
+    """A number in [0, 1) that a document's text decides; those below --held-out are held out."""
     return _hash("held-out", content) / 2**64
 
 

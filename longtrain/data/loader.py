@@ -23,7 +23,7 @@ class Loader:
     Step s uses the sequences at positions s * batch_size ... (s + 1) * batch_size - 1 of the split's order; micro batch m of rank d
     holds rows (m * dp + d) * micro_batch_size + b of them. So the union over the ranks does not depend on dp, and nothing but the
     step number is needed to resume. ValueError where batch_size is no multiple of dp * micro_batch_size, DataError where a step
-    would show a sequence twice for want of others.
+    would take more sequences than there are.
     """
 
     def __init__(self, split: Split, *, seed: int, batch_size: int, micro_batch_size: int, dp: int, dp_rank: int) -> None:

@@ -71,7 +71,8 @@ class Mixture:
 
     @property
     def largest_batch(self) -> int:
-        """Sequences that one step can show without showing one of them twice."""
+        """The most sequences that a step may take: of no split more than it has. A step in which a split is used up goes on with
+        another order of it, and may show a sequence twice."""
         return max(1, min(int((len(split) - 1) / share) for split, share in zip(self.splits, self.shares, strict=True)))
 
     def __len__(self) -> int:

@@ -154,7 +154,8 @@ class PackedSplit:
 
     @property
     def largest_batch(self) -> int:
-        """Sequences that one step can show without showing one of them twice."""
+        """The most sequences that a step may take: as many as there are. A step in which the split is used up goes on with another
+        order of it, and may show a sequence twice."""
         return self._length
 
     def __len__(self) -> int:

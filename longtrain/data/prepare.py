@@ -59,8 +59,9 @@ class Options:
     """How sources become shards. Everything but `workers` and `max_bad` decides the bytes that are written.
 
     globs: which files of folders. text_field: of a record. tokenizer, bos, eos: see `find_tokenizer`; without a tokenizer one of
-    `vocab_size` tokens is trained. held_out: share of documents kept from training. max_tokens: training tokens after which to
-    stop, about. max_bad: share of malformed records to pass over. workers: processes; None: as many as help.
+    `vocab_size` tokens is trained. held_out: share of documents kept from training. max_tokens: the document that reaches so many
+    training tokens is the last of training. max_bad: share of malformed records to pass over. workers: processes; None: as many as
+    help.
     """
 
     globs: Sequence[str] = ()
@@ -107,7 +108,7 @@ def prepare(
             chosen = replace(chosen, vocab_size=STDLIB_VOCAB if wanted == [STDLIB] else VOCAB)
         with work_folder(out, _plan(chosen, found, given), overwrite) as folder:
             if not (folder / JOURNAL).exists():
-                check_held_out(found, chosen.text_field)
+                check_held_out(found, chosen.text_field, chosen.max_bad)
             prepared = _Preparation(folder, chosen, found, console or Console(stderr=True, quiet=True)).run(given)
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror}; nothing was written to {out}") from None
@@ -220,6 +221,8 @@ class _Preparation:
     def _take(self, work: Work, writers: dict[str, SplitWriter]) -> None:
         for split, documents in work.encoded.documents.items():
             for document in documents:
+                if split == "train" and self._full(writers):
+                    break
                 writers[split].add(document)
         skipped = self._journal.skipped
         skipped.extend(work.encoded.skipped)
@@ -238,42 +241,54 @@ class _Preparation:
         skipped, share = self._journal.skipped, self._found.held_out
         for split, writer in writers.items():
             others = sum(other.documents for other in writers.values())
-            if not writer.documents and others and not any(skipped.number.values()):
+            if not others:
+                raise _nothing_usable(split, skipped)
+            if not writer.documents and others == 1:
+                raise DataError(_ONE_DOCUMENT)
+            if not writer.documents:
                 enough = (
                     f"--held-out {min(0.5, math.ceil(3000 / others) / 1000):g}" if split == "heldout" else "a smaller --held-out"
                 )
                 raise DataError(f"--held-out {share:g} leaves the split {split!r} empty, of {others} documents: use {enough}")
-            if not writer.documents:
-                raise _nothing_usable(split, skipped)
 
     def _say(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False)
 
 
-def check_held_out(found: Found, text_field: str) -> None:
-    """DataError where files of records leave a split without a document, before anything is tokenized.
+_TWO_NEEDED = "training needs one, and --held-out another"
+_ONE_DOCUMENT = f"there is one document: {_TWO_NEEDED}; split the text into several files or records"
 
-    Reads until both have one, which takes few records, and never more than EARLY_RECORDS. Folders of text were looked at when they
-    were found; datasets of the hub would be fetched twice.
+
+def check_held_out(found: Found, text_field: str, max_bad: float) -> None:
+    """DataError where a split is left without a document, before anything is tokenized.
+
+    Reads until both have one, which takes few records, and never more than EARLY_RECORDS. Datasets of the hub would be fetched
+    twice. What is not usable, and more of it than max_bad, is told of by the work itself.
     """
-    if any(source.size is None or source.documents is not None for source in found.sources):
+    if any(source.size is None for source in found.sources):
         return
-    share, low, high, number = found.held_out, 1.0, 0.0, 0
+    share, low, high, number, malformed = found.held_out, 1.0, 0.0, 0, 0
     steps = (step for source in found.sources for step in source.steps(text_field))
-    records = (record for step in steps for record in step.piece.records(text_field))
-    for record in records:
-        if record.problem is not None or not record.text.strip() or number == EARLY_RECORDS:
-            return  # what is malformed or empty is told of by the work itself
-        place, number = place_of(record.text.encode()), number + 1
+    records = 0
+    for record in (record for step in steps for record in step.piece.records(text_field)):
+        if records == EARLY_RECORDS:
+            return
+        records += 1
+        malformed += record.problem == "malformed"
+        if record.problem is not None or not record.text.strip():
+            continue
+        number += 1
+        place = place_of(record.text.encode()) if record.held_out is None else float(not record.held_out)
         low, high = min(low, place), max(high, place)
         if low < share <= high:
             return
+    if malformed > max_bad * records:
+        return
     if low < high:
         chosen, enough = ("none", math.ceil(low * 1000 + 1)) if share <= low else ("all", math.floor(high * 1000))
         raise DataError(f"--held-out {share:g} picks {chosen} of {number} documents: use --held-out {min(enough, 999) / 1000:g}")
     if number:
-        what = "there is one document" if number == 1 else f"all {number} documents are the same text"
-        raise DataError(f"{what}: training needs one, and --held-out another")
+        raise DataError(_ONE_DOCUMENT if number == 1 else f"all {number} documents are the same text: {_TWO_NEEDED}")
 
 
 def sample(found: Found, text_field: str, skipped: Skipped) -> Iterator[str]:

@@ -47,7 +47,6 @@ class TextFiles:
     """Files that are a document each."""
 
     documents: tuple[Document, ...]
-    held_out: bool
 
     def records(self, field: str) -> Iterator[Record]:
         for document in self.documents:
@@ -58,7 +57,7 @@ class TextFiles:
             except OSError:
                 yield Record(document.name, problem="unreadable")
             else:
-                yield Record(document.name, text, held_out=self.held_out)
+                yield Record(document.name, text, held_out=document.held_out)
 
 
 @dataclass(frozen=True)

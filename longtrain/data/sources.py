@@ -28,7 +28,7 @@ LINE_BYTES = 1 << 30
 
 
 class Source(Protocol):
-    """Something to prepare. size: in bytes, None where nobody knows. documents: of the training split, likewise.
+    """Something to prepare. size: in bytes, None where nobody knows. documents: how many, likewise.
 
     identity: what must be the same for an unfinished preparation to go on, as plain JSON values.
     """
@@ -79,15 +79,15 @@ def find_sources(wanted: Sequence[str], *, globs: Sequence[str], held_out: float
         else:
             if path.resolve().is_relative_to(out.resolve()):
                 raise DataError(f"--out {out}: contains --source {text}; choose a folder outside the text")
-            corpus = find_corpus(path, globs=globs, held_out=share, seed=seed)
+            corpus = find_corpus(path, globs=globs, seed=seed)
         skipped.extend(corpus.skipped)
         sources += _of_corpus(text, corpus)
     return Found(tuple(sources), share, skipped)
 
 
 def _of_corpus(name: str, corpus: Corpus) -> Iterator[Source]:
-    if corpus.train:
-        yield TextSource(name, corpus)
+    if corpus.documents:
+        yield TextSource(name, corpus.documents)
     for container in corpus.containers:
         yield _container(container)
 
@@ -106,29 +106,27 @@ class TextSource:
     """A folder of text files."""
 
     name: str
-    corpus: Corpus
+    files: tuple[Document, ...]
 
     @property
     def size(self) -> int:
-        return sum(document.size for document in self.corpus.train + self.corpus.heldout)
+        return sum(document.size for document in self.files)
 
     @property
     def documents(self) -> int:
-        return len(self.corpus.train)
+        return len(self.files)
 
     def identity(self) -> Any:
-        splits = (self.corpus.train, self.corpus.heldout)
-        return [[[ascii(document.name), document.size, document.modified] for document in split] for split in splits]
+        return [[ascii(document.name), document.size, document.modified] for document in self.files]
 
     def steps(self, field: str, after: Any = None) -> Iterator[Step]:
         done, read = after or 0, 0
         end = 0
-        for documents, held_out in ((self.corpus.train, False), (self.corpus.heldout, True)):
-            for group in _groups(documents):
-                end += len(group)
-                read += sum(document.size for document in group)
-                if end > done:
-                    yield Step(TextFiles(group, held_out), end, read)
+        for group in _groups(self.files):
+            end += len(group)
+            read += sum(document.size for document in group)
+            if end > done:
+                yield Step(TextFiles(group), end, read)
 
 
 def _groups(documents: Sequence[Document]) -> Iterator[tuple[Document, ...]]:

@@ -69,9 +69,12 @@ def _host(answers: Mapping[str, Answer]) -> Iterator[Finding]:
     if len(gpus) > 1 and shared is not None and shared < SHARED_MEMORY:
         advice = "start the container with --shm-size=8g or --ipc=host"
         yield Finding(Level.WARNING, "shared memory", f"/dev/shm has {shared / 2**20:.0f} MiB, and NCCL wants more", advice)
-    if gpus and (facts["compiler"] is None or not facts["python_header"]):
-        missing = "no C compiler" if facts["compiler"] is None else "no Python.h"
-        advice = "install gcc" if facts["compiler"] is None else "install the headers of Python (python3-dev)"
+    variables = answers["variables"].facts
+    named = variables.get("CC")
+    compiler = facts["compiler"] if named is None else variables["compiler"]
+    if gpus and (compiler is None or not facts["python_header"]):
+        missing = "no Python.h" if compiler else "no C compiler" if named is None else f"CC={named} is no program"
+        advice = "install the headers of Python (python3-dev)" if compiler else "install gcc" if named is None else "unset CC"
         yield Finding(Level.BROKEN, "compiler", f"{missing}: Triton builds its launchers with it", advice)
 
 
@@ -81,8 +84,8 @@ def _packages(answers: Mapping[str, Answer]) -> Iterator[Finding]:
     for name in ("torch", "deepspeed", "triton"):
         found, oldest = facts[name], ".".join(map(str, OLDEST[name]))
         if found is not None and _numbers(found) >= OLDEST[name]:
-            # more about torch is told further down
-            if name != "torch":
+            # more about these is told further down
+            if name == "triton":
                 yield Finding(Level.OK, name, found)
             continue
         need = Level.BROKEN if name != "triton" else Level.WARNING if has_gpus else Level.NOTE
@@ -138,9 +141,10 @@ def _torch(answers: Mapping[str, Answer]) -> Iterator[Finding]:
 
 def _variables(answers: Mapping[str, Answer]) -> Iterator[Finding]:
     facts = dict(answers["variables"].facts)
-    key = facts.pop("wandb_key")
+    key, host = facts.pop("wandb_key"), facts.pop("wandb_host")
+    del facts["compiler"]  # told of with the host
     if answers["packages"].facts.get("wandb") and not key:
-        text = "no key found: tracking.wandb=online would record offline"
+        text = f"no key for {host} found: tracking.wandb=online would record offline"
         yield Finding(Level.NOTE, "wandb", text, "wandb login")
     if facts.get("TRITON_INTERPRET") not in (None, "", "0"):
         level = Level.WARNING if answers["gpus"].facts.get("gpus") else Level.NOTE
@@ -240,6 +244,12 @@ def _kernels(answers: Mapping[str, Answer]) -> Iterator[Finding]:
         yield Finding(level, "fused layers", f"plain torch for {', '.join(facts['plain'])}: {why}")
 
 
+def _deepspeed(answers: Mapping[str, Answer]) -> Iterator[Finding]:
+    found = answers["packages"].facts.get("deepspeed")
+    if answers["deepspeed"].facts["imported"] and found and _numbers(found) >= OLDEST["deepspeed"]:
+        yield Finding(Level.OK, "deepspeed", found)
+
+
 def _numbers(version: str) -> tuple[int, ...]:
     """The leading numbers of a version."""
     match = re.match(r"\d+(?:\.\d+)*", version)
@@ -253,15 +263,17 @@ CHECKS = {
     "gpus": _gpus,
     "links": _links,
     "kernels": _kernels,
+    "deepspeed": _deepspeed,
     "disk": _disk,
     "network": _network,
     "locks": _locks,
     "variables": _variables,
 }
 # without these nobody can train; what else is not known may be harmless
-UNANSWERED = {"torch": Level.BROKEN, "gpus": Level.BROKEN, "disk": Level.BROKEN, "kernels": Level.BROKEN}
+UNANSWERED: dict[str, Level] = dict.fromkeys(["torch", "gpus", "disk", "kernels", "deepspeed"], Level.BROKEN)
 ADVICE = {
     "torch": "install torch anew (pip install --force-reinstall torch), or activate the right environment",
     "gpus": "see whether nvidia-smi answers; if not, the driver or a GPU is stuck: reboot the machine, or ask who runs it",
+    "deepspeed": "install deepspeed anew (pip install --upgrade --force-reinstall --no-deps deepspeed)",
     "disk": "the file system of the run's folder does not answer: choose another with --folder, and as the recipe's output",
 }

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from longtrain.cores import usable_cores
 
@@ -28,6 +29,7 @@ Facts = dict[str, Any]
 
 PACKAGES = ("torch", "triton", "deepspeed", "wandb", "tensorboard")
 VARIABLES = (
+    "CC",
     "MASTER_ADDR",
     "MASTER_PORT",
     "CUDA_VISIBLE_DEVICES",
@@ -39,7 +41,7 @@ VARIABLES = (
     "NCCL_SOCKET_IFNAME",
 )
 KEY = "WANDB_API_KEY"
-WANDB_HOST = "api.wandb.ai"
+WANDB = "https://api.wandb.ai"
 DEFAULT_PORT = 29500
 """What torchrun takes where nothing else is said."""
 
@@ -54,7 +56,7 @@ def host(folder: Path) -> Facts:
         "cores": usable_cores(),
         "memory": pages,
         "shared_memory": shutil.disk_usage(shared).total if shared.is_dir() else None,
-        "compiler": next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None),
+        "compiler": shutil.which("gcc") or shutil.which("clang"),
         "python_header": Path(sysconfig.get_paths()["include"], "Python.h").is_file(),
         "driver": bool(glob.glob("/dev/nvidia[0-9]*")),
     }
@@ -121,18 +123,25 @@ def torch(folder: Path) -> Facts:
 
 
 def variables(folder: Path) -> Facts:
-    """Environment variables that change what happens; of a key only whether it is there."""
+    """Environment variables that change what happens; of a key only whether it is there. compiler: the program that CC names."""
     from longtrain.parallel.launch import variables
 
     found: Facts = dict(variables(VARIABLES))
-    return found | {"wandb_key": bool(variables([KEY])) or _in_netrc(WANDB_HOST)}
+    others = variables([KEY, "NETRC", "WANDB_BASE_URL"])
+    host = urlsplit(others.get("WANDB_BASE_URL") or WANDB).netloc.rpartition("@")[2]
+    return found | {
+        "compiler": shutil.which(found["CC"]) if "CC" in found else None,
+        "wandb_host": host,
+        "wandb_key": KEY in others or _in_netrc(host, others.get("NETRC")),
+    }
 
 
-def _in_netrc(host: str) -> bool:
+def _in_netrc(host: str, file: str | None) -> bool:
+    """file: None for the usual one."""
     import netrc
 
     try:
-        return netrc.netrc().authenticators(host) is not None
+        return netrc.netrc(file and os.path.expanduser(file)).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -235,6 +244,18 @@ def kernels(folder: Path) -> Facts:
     }
 
 
+def deepspeed(folder: Path) -> Facts:
+    """Whether DeepSpeed, where it is installed, can be imported: it takes names from inside torch that come and go."""
+    try:
+        version("deepspeed")
+    except PackageNotFoundError:
+        return {"imported": False}
+    from longtrain.parallel.deepspeed import load
+
+    load()
+    return {"imported": True}
+
+
 PROBES: dict[str, Callable[[Path], Facts]] = {
     "host": host,
     "packages": packages,
@@ -246,6 +267,7 @@ PROBES: dict[str, Callable[[Path], Facts]] = {
     "gpus": gpus,
     "links": links,
     "kernels": kernels,
+    "deepspeed": deepspeed,
 }
 """What can hang comes last."""
 

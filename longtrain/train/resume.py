@@ -169,8 +169,99 @@ def _newest(recipe: Recipe, split: Split, force: bool, damaged: Sequence[Damaged
             earlier=lambda reason, path=path: _newest(recipe, split, force, [*damaged, (path, reason)]),
         )
     if damaged:
-        shown = ((field, as_written(before), as_written(after)) for field, before, after in fixed)
-        lines = "\n".join(f"  {field}: {before} in the checkpoint, {after} in this recipe" for field, before, after in shown)
+        lines = "\n".join(f"  {reason}" for _, reason in damaged)
+        raise CheckpointError(f"every checkpoint of this run is damaged or cannot be read:\n{lines}\nto start again, delete them")
+    return Start(None)
+
+
+def _wrong(path: Path, recipe: Recipe, split: Split, force: bool) -> str | None:
+    """What is wrong with the files of a checkpoint, as far as it can be told without reading tensors. They are read too where it
+    would be refused as another run's: damaged, it is no reason to refuse one that is older. Raises OtherVersionError."""
+    try:
+        manifest = read_manifest(path)
+        check_files(path, manifest, sorted(manifest.files), content=False)
+        check_files(path, manifest, [STATE])
+        state = read_state(path)
+    except OtherVersionError:
+        raise
+    except CheckpointError as error:
+        return str(error)
+    refused = not force and _refusals(path, state, split, _changes_since(path, state, recipe))
+    return next((str(problem) for problem in problems(path)), None) if refused else None
+
+
+def _start_at(path: Path, recipe: Recipe, split: Split, force: bool) -> Start:
+    """A start at this checkpoint. Raises CheckpointError where it is of another recipe or of other data, unless forced."""
+    state = read_state(path)
+    changes = _changes_since(path, state, recipe)
+    remarks = [f"resuming {path} (step {state.step})"]
+    refusals = _refusals(path, state, split, changes)
+    if refusals and not force:
+        raise CheckpointError(refusals[0])
+    # the fields follow among the changes
+    remarks += [f"WARNING: forced to go on, although {refusal.splitlines()[0].rstrip(':')}" for refusal in refusals]
+    changed = [f"{name}: {as_written(before)} -> {as_written(after)}" for name, before, after in changes]
+    remarks += [f"changed since that checkpoint: {change}" for change in changed]
+    if any(name == "training.steps" for name, _, _ in changes) and recipe.schedule.kind != "constant":
+        remarks.append(
+            f"the {recipe.schedule.kind} schedule now ends at step {recipe.training.steps}: the learning rate jumps here"
+        )
+    # a run of its own that goes on from the checkpoint of another has an id of its own
+    own = path.parent.resolve() == (Path(recipe.run_folder) / CHECKPOINTS).resolve()
+    return Start(path, tuple(remarks), state.tracker if own else None, state.origin)
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run's folder, or the one at that path. Raises CheckpointError where there is none."""
+    return resolve(run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run)
+
+
+def restore(engine: Engine, start: Path, *, verified: bool = False) -> Progress:
+    """Loads a checkpoint into the engine. A collective of all ranks. verified: `confirm` has just read it."""
+    state = checkpoint.load(start, engine, verified=verified)
+    return Progress(
+        step=state.step,
+        tokens=state.tokens,
+        sequences=state.cursor,
+        skipped=state.skipped,
+        skipped_in_row=state.skipped_in_row,
+        spikes=state.spikes,
+        roll_backs=state.roll_backs,
+        sound=max(0, state.step - state.skipped_in_row - 1) if state.sound is None else state.sound,
+        losses=RecentLosses(state.loss_count, state.loss_mean, state.loss_variance),
+        loss=state.loss,
+    )
+
+
+def state_of(recipe: Recipe, split: Split, progress: Progress, tracker: str | None, origin: Origin | None = None) -> TrainState:
+    """What a checkpoint holds beside weights and moments; tracker, origin: as in `Start`, on the main rank."""
+    return TrainState(
+        step=progress.step,
+        tokens=progress.tokens,
+        cursor=progress.sequences,
+        skipped=progress.skipped,
+        skipped_in_row=progress.skipped_in_row,
+        spikes=progress.spikes,
+        roll_backs=progress.roll_backs,
+        sound=progress.sound,
+        loss=progress.loss,
+        loss_count=progress.losses.count,
+        loss_mean=progress.losses.mean,
+        loss_variance=progress.losses.variance,
+        recipe=dump_recipe(recipe),
+        data=split.fingerprint,
+        tokenizer=split.tokenizer.fingerprint,
+        tracker=tracker,
+        origin=origin,
+    )
+
+
+def _refusals(path: Path, state: TrainState, split: Split, changes: list[Change]) -> list[str]:
+    return [*_other_run(path, changes), *_other_data(path, state, split)]
+
+
+def _other_data(path: Path, state: TrainState, split: Split) -> Iterator[str]:
+    if state.data != split.fingerprint:
         yield (
             f"{path}: was trained on other data than {split.folder} (other tokens, documents or tokenizer, other weights in "
             "data.sources, or another data.long_documents); set the section data to what that run had, start a new run under "
@@ -181,10 +272,8 @@ def _newest(recipe: Recipe, split: Split, force: bool, damaged: Sequence[Damaged
 def _other_run(path: Path, changes: list[Change]) -> Iterator[str]:
     fixed = [change for change in changes if change[0] not in FREE_FIELDS and change[0].split(".")[0] not in FREE_SECTIONS]
     if fixed:
-        lines = "\n".join(
-            f"  {field}: {as_written(before)} in the checkpoint, {as_written(after)} in this recipe"
-            for field, before, after in fixed
-        )
+        shown = ((field, as_written(before), as_written(after)) for field, before, after in fixed)
+        lines = "\n".join(f"  {field}: {before} in the checkpoint, {after} in this recipe" for field, before, after in shown)
         yield (
             f"{path}: is a checkpoint of another recipe:\n{lines}\nset these back; or go on all the same with --force-resume; or "
             f"start from step 0 under a name of its own, if you like with these weights: `longtrain export {path} --out FOLDER "

@@ -18,8 +18,7 @@ def fill(folder: Path, *names: str) -> Path:
 
 
 def names(source: Path, *globs: str) -> set[str]:
-    corpus = find_corpus(source, globs=globs, held_out=frozenset({"a.txt", "e(1).py"}))
-    return {document.name for document in corpus.train + corpus.heldout}
+    return {document.name for document in find_corpus(source, globs=globs).documents}
 
 
 def test_globs(tmp_path: Path) -> None:
@@ -31,19 +30,17 @@ def test_globs(tmp_path: Path) -> None:
     assert names(tmp_path, "**/e(1).py", "?.json", "sub/*") == {"e(1).py", "d.json", "sub/b.md", "sub/é ü.txt"}
 
 
-def test_order_and_split_depend_on_names_and_seed_alone(tmp_path: Path) -> None:
+def test_the_order_depends_on_names_and_seed_alone(tmp_path: Path) -> None:
     files = [f"{n % 4}/{n}.txt" for n in range(60)]
-    a = find_corpus(fill(tmp_path / "a", *files), held_out=0.2, seed=1)
-    b = find_corpus(fill(tmp_path / "elsewhere" / "b", *reversed(files)), held_out=0.2, seed=1)
-    c = find_corpus(tmp_path / "a", held_out=0.2, seed=2)
-    order = [[document.name for document in corpus.train] for corpus in (a, b, c)]
+    a = find_corpus(fill(tmp_path / "a", *files), seed=1)
+    b = find_corpus(fill(tmp_path / "elsewhere" / "b", *reversed(files)), seed=1)
+    c = find_corpus(tmp_path / "a", seed=2)
+    order = [[document.name for document in corpus.documents] for corpus in (a, b, c)]
     assert order[0] == order[1] != order[2]
     assert order[0] != sorted(order[0])
-    assert {document.name for document in a.heldout} == {document.name for document in c.heldout}
     fill(tmp_path / "a", "new.txt")
-    grown = find_corpus(tmp_path / "a", held_out=0.2, seed=1)
-    assert {document.name for document in grown.heldout} - {"new.txt"} == {document.name for document in a.heldout}
-    assert [document.name for document in grown.train if document.name != "new.txt"] == order[0]
+    grown = find_corpus(tmp_path / "a", seed=1)
+    assert [document.name for document in grown.documents if document.name != "new.txt"] == order[0]
 
 
 def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
@@ -56,8 +53,8 @@ def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
     (source / "a2.txt").symlink_to(source / "a.txt")
     (source / "gone.txt").symlink_to(source / "nowhere.txt")
     os.mkfifo(source / "pipe.txt")
-    corpus = find_corpus(source, held_out=frozenset({"a.txt"}))
-    found = {document.name for document in corpus.train + corpus.heldout}
+    corpus = find_corpus(source)
+    found = {document.name for document in corpus.documents}
     assert found == {"a.txt", "sub/b.txt", "again/c.txt", "again/d.txt"}
     assert sorted(corpus.skipped.examples["unreadable"]) == ["gone.txt", "self"]
 
@@ -67,9 +64,9 @@ def test_reading(tmp_path: Path) -> None:
     (source / "0.txt").write_bytes(b"caf\xe9")
     (source / "1.txt").write_bytes(b"\xef\xbb\xbfwith a mark")
     (source / "2.txt").write_text(" \n")
-    corpus = find_corpus(source, held_out=0.5)
+    corpus = find_corpus(source)
     (source / "3.txt").unlink()
-    texts, skipped = read(corpus.train + corpus.heldout)
+    texts, skipped = read(corpus.documents)
     assert "0.txt" not in texts
     assert texts["1.txt"] == "with a mark"
     assert texts["4.txt"] == "text of 4.txt"
@@ -91,7 +88,7 @@ def test_of_what_is_skipped_the_first_few_are_shown() -> None:
 
 def read(documents: tuple[Document, ...]) -> tuple[dict[str, str], Skipped]:
     texts, skipped = {}, Skipped()
-    for record in TextFiles(documents, held_out=False).records("text"):
+    for record in TextFiles(documents).records("text"):
         if record.problem is None:
             texts[record.name] = record.text
         else:
@@ -105,9 +102,9 @@ def test_files_of_records_are_told_from_text(tmp_path: Path) -> None:
         find_corpus(tmp_path)
     only = find_corpus(tmp_path, globs=["**/*.jsonl", "**/*.JSONL.gz"])
     assert [container.name for container in only.containers] == ["c.jsonl", "sub/d.JSONL.gz"]
-    assert only.train == only.heldout == ()
-    both = find_corpus(tmp_path, globs=["**"], held_out=frozenset({"a.txt"}))
-    assert {document.name for document in both.train} == {"b.md", "g.json"}
+    assert only.documents == ()
+    both = find_corpus(tmp_path, globs=["**"])
+    assert {document.name for document in both.documents} == {"a.txt", "b.md", "g.json"}
     assert len(both.containers) == 4
 
 
@@ -125,34 +122,30 @@ def test_folders_without_text(tmp_path: Path) -> None:
         find_corpus(tmp_path / "a.json")
 
 
-def test_both_splits_need_a_document(tmp_path: Path) -> None:
+def test_held_out_by_name(tmp_path: Path) -> None:
     source = fill(tmp_path, *(f"{n}.txt" for n in range(5)))
-    with pytest.raises(DataError, match=r"picks none of 5: use --held-out (0\.\d+)") as refusal:
-        find_corpus(source, held_out=1e-6)
-    advised = float(str(refusal.value).rsplit(" ", 1)[1])
-    assert len(find_corpus(source, held_out=advised).heldout) == 1
+    assert {document.held_out for document in find_corpus(source).documents} == {None}
+    chosen = find_corpus(source, held_out=frozenset({"3.txt"})).documents
+    assert {document.name: document.held_out for document in chosen} == {f"{n}.txt": n == 3 for n in range(5)}
+    with pytest.raises(DataError, match=r"let --glob match x\.txt"):
+        find_corpus(source, held_out=frozenset({"x.txt"}))
     with pytest.raises(DataError, match="none is left to train on"):
-        find_corpus(source, held_out=1 - 1e-9)
-    with pytest.raises(DataError, match="several files"):
-        find_corpus(source, globs=["0.txt"], held_out=1e-6)
-    for share in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(DataError, match="between 0 and 1"):
-            find_corpus(source, held_out=share)
+        find_corpus(source, globs=["0.txt"], held_out=frozenset({"0.txt"}))
 
 
 def test_names_that_are_not_unicode(tmp_path: Path) -> None:
     fill(tmp_path, "a.txt", "b.txt")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt")).write_bytes(b"\xff")
-    corpus = find_corpus(tmp_path, held_out=frozenset({"a.txt"}))
-    assert str(read(corpus.train + corpus.heldout)[1]) == "1 not UTF-8 (?.txt)"
+    corpus = find_corpus(tmp_path)
+    assert str(read(corpus.documents)[1]) == "1 not UTF-8 (?.txt)"
 
 
 def test_the_standard_library(tmp_path: Path) -> None:
     corpus = find_stdlib()
-    assert {document.name for document in corpus.heldout} == STDLIB_HELD_OUT
-    train = {document.name for document in corpus.train}
+    assert {document.name for document in corpus.documents if document.held_out} == STDLIB_HELD_OUT
+    train = {document.name for document in corpus.documents if not document.held_out}
     assert {"os.py", "collections/__init__.py"} <= train
     assert not any(name.startswith(("test/", "site-packages/")) or "/tests/" in name for name in train)
-    assert sum(document.path.stat().st_size for document in corpus.train) > 5_000_000
+    assert sum(document.path.stat().st_size for document in corpus.documents) > 5_000_000
     with pytest.raises(DataError, match=r"let --glob match argparse\.py"):
         find_stdlib(globs=["email/*.py"])

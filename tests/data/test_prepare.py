@@ -12,7 +12,7 @@ from rich.console import Console
 
 from longtrain.cli.prepare import main
 from longtrain.data import prepare as module
-from longtrain.data.corpus import Skipped, find_corpus, place_of
+from longtrain.data.corpus import Skipped, place_of
 from longtrain.data.manifest import read_manifest
 from longtrain.data.packed import PackedSplit
 from longtrain.data.prepare import prepare
@@ -81,9 +81,10 @@ def test_an_existing_tokenizer_is_kept_byte_for_byte(text_folder: Path, tmp_path
 
 def test_held_out_documents_do_not_reach_the_tokenizer(text_folder: Path, tmp_path: Path) -> None:
     prepare(str(text_folder), tmp_path / "a", vocab_size=320, held_out=0.2)
-    corpus = find_corpus(text_folder, held_out=0.2)
-    for document in corpus.heldout:
-        document.path.write_text("zzqq xxyy wwvv " * 500)
+    for path in text_folder.rglob("*.txt"):
+        if place_of(path.read_bytes()) < 0.2:
+            other = (f"zzqq xxyy wwvv {n} " * 500 for n in range(99))
+            path.write_text(next(text for text in other if place_of(text.encode()) < 0.2))
     prepare(str(text_folder), tmp_path / "b", vocab_size=320, held_out=0.2)
     assert read_manifest(tmp_path / "a").tokenizer == read_manifest(tmp_path / "b").tokenizer
 
@@ -234,14 +235,84 @@ def test_an_empty_split_is_refused_before_the_work(
     assert all(prepared.manifest.statistics.documents.values())
 
 
+def test_a_repeated_file_is_on_one_side(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(60):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"Text {number % 6}, the quick brown fox.\n" * 20)
+    prepared = prepare(str(tmp_path / "text"), tmp_path / "out", vocab_size=290, held_out=0.3)
+    sides = [{tuple(ids) for ids in documents(tmp_path / "out", split)} for split in ("train", "heldout")]
+    assert not sides[0] & sides[1]
+    assert len(sides[0] | sides[1]) == 6
+    assert sum(prepared.manifest.statistics.documents.values()) == 60
+
+
+def test_both_splits_of_a_folder_need_a_document(text_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"picks none of 40 documents: use --held-out (0\.\d+)$") as refusal:
+        prepare(str(text_folder), tmp_path / "out", vocab_size=320, held_out=1e-6)
+    advised = float(str(refusal.value).rsplit(" ", 1)[1])
+    prepared = prepare(str(text_folder), tmp_path / "out", vocab_size=320, held_out=advised)
+    assert prepared.manifest.statistics.documents == {"train": 39, "heldout": 1}
+    with pytest.raises(DataError, match=r"there is one document: .*split the text into several files"):
+        prepare(str(text_folder), tmp_path / "no", globs=["part0/document0.txt"], vocab_size=320)
+    with pytest.raises(DataError, match="between 0 and 1"):
+        prepare(str(text_folder), tmp_path / "no", vocab_size=320, held_out=float("nan"))
+
+
+def test_records_that_are_not_usable_do_not_count(tmp_path: Path) -> None:
+    """For what --held-out picks; the message about it is the one that helps."""
+    texts = (f"Record number {number} of a few." * 9 for number in range(999))
+    write_records(tmp_path / "a.jsonl", [text for text in texts if place_of(text.encode()) > 0.05][:30])
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"text": ""}\n' + "{\n" * 4)
+    options = {"vocab_size": 300, "max_bad": 0.2}
+    with pytest.raises(DataError, match=r"--held-out 0\.02 picks none of 30 documents: use --held-out 0\.\d+$") as refusal:
+        prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", **options)
+    enough = float(str(refusal.value).split()[-1])
+    assert prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", held_out=enough, **options).skipped.number["malformed"] == 4
+    with pytest.raises(DataError, match="4 of 35 records in all are malformed"):
+        prepare(str(tmp_path / "a.jsonl"), tmp_path / "no", vocab_size=300)
+
+
+@pytest.mark.parametrize(("share", "remedy"), [(0.001, "--held-out 0.1"), (0.999, "a smaller --held-out")])
+def test_an_empty_split_is_seen_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, remedy: str) -> None:
+    """Where it was not before, as with datasets of the hub: what was skipped is not the reason."""
+    write_records(tmp_path / "a.jsonl", ["", *(f"Record number {number} of a few." * 9 for number in range(30))])
+    monkeypatch.setattr(module, "check_held_out", lambda *_: None)
+    monkeypatch.setattr(module, "is_held_out", lambda *_: False)  # there is something to train a tokenizer on
+    with pytest.raises(DataError, match=rf"--held-out {share:g} leaves the split '\w+' empty, of 30 documents: use {remedy}$"):
+        prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", vocab_size=300, held_out=share)
+
+
+@pytest.mark.parametrize("records", [False, True], ids=["files", "records"])
+def test_max_tokens_ends_with_a_document(text_folder: Path, tmp_path: Path, records: bool) -> None:
+    texts = [path.read_text() for path in text_folder.rglob("*.txt")]
+    write_records(tmp_path / "a.jsonl", texts)
+    source = tmp_path / "a.jsonl" if records else text_folder
+    prepared = prepare(str(source), tmp_path / "out", vocab_size=320, held_out=0.2, max_tokens=3000)
+    lengths = prepared.lengths["train"]
+    assert 3000 <= lengths.sum() < 3000 + lengths[-1]
+    assert prepared.lengths["heldout"].size
+
+
+def test_shares_in_percent(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text in ("20%", "0.2"):
+        words = ["--vocab-size", "320", "--held-out", text]
+        assert run(monkeypatch, "--source", text_folder, "--out", tmp_path / text, *words) == 0
+    assert read_manifest(tmp_path / "20%") == read_manifest(tmp_path / "0.2")
+    assert run(monkeypatch, "--source", text_folder, "--out", tmp_path / "no", "--held-out", "a tenth") == 2
+    assert "error: --held-out a tenth: expected a share" in capsys.readouterr().err
+
+
 def test_looking_at_the_splits_takes_few_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_records(tmp_path / "a.jsonl", [f"Record number {number}" for number in range(5000)])
     looked: list[bytes] = []
     monkeypatch.setattr(module, "place_of", lambda text: looked.append(text) or place_of(text))
-    module.check_held_out(find_sources([str(tmp_path / "a.jsonl")], globs=(), held_out=0.02, seed=0, out=Path("out")), "text")
+    module.check_held_out(find_sources([str(tmp_path / "a.jsonl")], globs=(), held_out=0.02, seed=0, out=Path("out")), "text", 0)
     assert 0 < len(looked) < 500
     # and not all of those of which hardly any can be held out
     monkeypatch.setattr(module, "EARLY_RECORDS", 100)
     looked.clear()
-    module.check_held_out(find_sources([str(tmp_path / "a.jsonl")], globs=(), held_out=1e-9, seed=0, out=Path("out")), "text")
+    module.check_held_out(find_sources([str(tmp_path / "a.jsonl")], globs=(), held_out=1e-9, seed=0, out=Path("out")), "text", 0)
     assert len(looked) == 100
