@@ -32,4 +32,4 @@ def write_data(out: Path, **options: Any) -> None:
     text.mkdir(exist_ok=True)
     for number in range(20):
         (text / f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
-    prepare(str(text), out, held_out=0.2, **options)
+    prepare(str(text), out, held_out=0.25, **options)

@@ -73,7 +73,7 @@ def other_data() -> None:
     Path("text").mkdir()
     for number in range(20):
         Path("text", f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
-    prepare("text", Path("data"), vocab_size=300, held_out=0.2, overwrite=True)
+    prepare("text", Path("data"), vocab_size=300, held_out=0.25, overwrite=True)
     shutil.rmtree("text")
 
 

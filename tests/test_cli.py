@@ -151,8 +151,8 @@ def test_a_mixture_is_trained_and_exported_with_any_of_its_folders() -> None:
     Path("text").mkdir()
     for number in range(20):
         Path("text", f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
-    prepare("text", Path("more"), tokenizer="data/tokenizer.model", held_out=0.2)
-    prepare("text", Path("other"), vocab_size=300, held_out=0.2)
+    prepare("text", Path("more"), tokenizer="data/tokenizer.model", held_out=0.25)
+    prepare("text", Path("other"), vocab_size=300, held_out=0.25)
     mixed = ("--set", "data.path=null", "--set", "data.sources={data: 3, more: 1}")
     said = train(*mixed)
     assert said.code == 0, said.text

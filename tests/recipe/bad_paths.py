@@ -92,7 +92,7 @@ MISSING = [
         "  family: llama\n  vocab_size: 64\n  hidden_size: 32\n  layers: 2\n  heads: 4\n  kv_heads: 2\n  intermediate_size: 48",
         "  init: no/weights",
         "4: model.init: there is no folder no/weights",
-        "put a Hugging Face folder there, or set model.preset or model.family",
+        "put a Hugging Face folder",
     ),
     (
         "  family: llama\n  vocab_size: 64\n  hidden_size: 32\n  layers: 2\n  heads: 4\n  kv_heads: 2\n  intermediate_size: 48",

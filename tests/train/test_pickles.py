@@ -276,10 +276,10 @@ def test_in_the_place_of_prepared_data(traps: dict[str, bytes]) -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_among_text_and_as_a_tokenizer(traps: dict[str, bytes]) -> None:
-    quiet: dict[str, Any] = {"vocab_size": 300, "console": Console(file=io.StringIO())}
+    quiet: dict[str, Any] = {"vocab_size": 300, "held_out": 0.25, "console": Console(file=io.StringIO())}
     Path("text").mkdir()
     for number in range(20):
-        Path(f"text/{number}.txt").write_text("some words of text, again and again " * 20)
+        Path(f"text/{number}.txt").write_text(f"{number} and some words of text, again and again " * 20)
     _plant(Path("text"), (*RUN, *DATA, "a.tar", "a.h5"), traps, 0)
     prepare("text", Path("from-text"), **quiet)
     for number, (kind, content) in enumerate(traps.items()):
