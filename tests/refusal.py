@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.recipe_desk import write_data
 from tests.user import RECIPE, command, snapshot
 
 
@@ -68,12 +69,7 @@ def flip(path: str | Path) -> Callable[[], None]:
 
 def other_data() -> None:
     """Another tokenizer and other tokens, whole in themselves."""
-    from longtrain.data.prepare import prepare
-
-    Path("text").mkdir()
-    for number in range(20):
-        Path("text", f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
-    prepare("text", Path("data"), vocab_size=300, held_out=0.25, overwrite=True)
+    write_data(Path("data"), vocab_size=300, overwrite=True)
     shutil.rmtree("text")
 
 

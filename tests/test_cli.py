@@ -17,10 +17,10 @@ import typer
 from typer.testing import CliRunner
 
 import longtrain.cli.prepare
-from longtrain.data.prepare import prepare
 from longtrain.recipe.load import builtin_recipes, load_recipe
 from longtrain.train.checkpoint_folder import verify
 from longtrain.train.signals import STOPPED
+from tests.recipe_desk import write_data
 from tests.user import CHECKPOINT, RECIPE, SCRIPT, STEPS, command, process, snapshot, train
 
 pytest_plugins = ("tests.desks",)
@@ -148,11 +148,8 @@ def test_a_recipe_that_says_no_more_than_its_weights_is_resumed() -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_a_mixture_is_trained_and_exported_with_any_of_its_folders() -> None:
-    Path("text").mkdir()
-    for number in range(20):
-        Path("text", f"{number}.txt").write_text(f"Another text, number {number}, about nothing at all.\n" * 9)
-    prepare("text", Path("more"), tokenizer="data/tokenizer.model", held_out=0.25)
-    prepare("text", Path("other"), vocab_size=300, held_out=0.25)
+    write_data(Path("more"), tokenizer="data/tokenizer.model")
+    write_data(Path("other"), vocab_size=300)
     mixed = ("--set", "data.path=null", "--set", "data.sources={data: 3, more: 1}")
     said = train(*mixed)
     assert said.code == 0, said.text

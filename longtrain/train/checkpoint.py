@@ -45,10 +45,10 @@ from longtrain.train.checkpoint_format import (
     TrainState,
     read_manifest,
     read_state,
+    step_of,
     write_json,
     write_manifest,
 )
-from longtrain.train.guards import step_of
 from longtrain.train.snapshot import PART, HostMemory, Part, header_of, parts_of, write_tensors
 from longtrain.train.threads import THREADS, in_threads
 

@@ -125,6 +125,12 @@ class Manifest(_Strict):
         return sum(entry.size for entry in self.files.values())
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint of a run is called after."""
+    match = STEP_FOLDER.fullmatch(checkpoint.name)
+    return int(match[1]) if match else 0
+
+
 def read_manifest(step: Path) -> Manifest:
     """The manifest of a step folder. Raises CheckpointError where it is missing, truncated, changed, of something else or of
     another step than its folder is called after; UnreadableError and OtherVersionError as they say."""

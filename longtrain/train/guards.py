@@ -10,7 +10,8 @@ from torch import Tensor
 
 from longtrain.errors import TrainingError
 from longtrain.parallel.deepspeed import Engine, StepResult
-from longtrain.train.checkpoint_folder import STEP_FOLDER, complete
+from longtrain.train.checkpoint_folder import complete
+from longtrain.train.checkpoint_format import step_of
 from longtrain.train.state import Progress
 
 
@@ -60,9 +61,3 @@ def check_skips(progress: Progress, most: int, checkpoints: Path, *, damaged: Se
 def good_checkpoints(progress: Progress, checkpoints: Path) -> list[Path]:
     """Those up to the newest step that is known to be sound, in order."""
     return [path for path in complete(checkpoints) if step_of(path) <= progress.sound]
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint of a run is called after."""
-    match = STEP_FOLDER.fullmatch(checkpoint.name)
-    return int(match[1]) if match else 0

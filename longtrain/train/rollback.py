@@ -13,7 +13,8 @@ from longtrain.recipe.guards import SkipAction
 from longtrain.train.assemble import Run
 from longtrain.train.checkpoint import check_together, together
 from longtrain.train.checkpoint_folder import complete, set_aside
-from longtrain.train.guards import check_skips, good_checkpoints, step_of
+from longtrain.train.checkpoint_format import step_of
+from longtrain.train.guards import check_skips, good_checkpoints
 from longtrain.train.resume import CHECKPOINTS, Damaged, restore
 from longtrain.train.watchdog import Beat
 

@@ -19,8 +19,8 @@ from longtrain.plan import Plan
 from longtrain.train.assemble import Run, assemble, warnings
 from longtrain.train.checkpoint import together
 from longtrain.train.checkpoint_folder import complete, digest_of, remove_leftovers, set_aside
+from longtrain.train.checkpoint_format import step_of
 from longtrain.train.experiment import choose_id, experiment_trackers
-from longtrain.train.guards import step_of
 from longtrain.train.loop import Evaluate, train
 from longtrain.train.resume import CHECKPOINTS, Start, confirm, flat
 from longtrain.train.run_folder import environment, explain, occupy, tracker_config, worth_keeping
