@@ -34,12 +34,10 @@ def source(found: dict[str, Any]) -> str:
     return f"`{found['command']}`, {found['device']}, {versions}."
 
 
-EARLIER = "Measured before the benchmarks took turns: each library in one go, longtrain first."
-
-
 def turns(found: dict[str, Any]) -> str:
     """How libraries were measured beside each other."""
-    return f"Everyone in turns, {found['rounds']} rounds." if "rounds" in found else EARLIER
+    heat = " and ".join(f"{ms / 1e3:g}" for ms in found.get("heat_ms", {}).values())
+    return f"Everyone in turns, {found['rounds']} rounds" + (f", after {heat} s of the same work." if heat else ".")
 
 
 def attention() -> str:
@@ -77,13 +75,7 @@ def naive() -> str:
                 [f"{row['problem']['length']} tokens", *times, f"{targets.plain_speed(row):.0f}x", *memory, f"{saved:.0%} less"]
             )
     head = ["", "longtrain, ms", "plain torch, ms", "speed", "longtrain, MiB", "plain torch, MiB", "memory"]
-    return table(head, rows) + ("" if "rounds" in found else f"\n\n{PLAIN_BEFORE}")
-
-
-PLAIN_BEFORE = """\
-Plain torch was the tests' plain attention here, which computes lse too and masks by an int64 [T, T] matrix of distances: its
-forward is slower than its backward. `python -m benchmarks.attention` now measures softmax(q k^T scale + mask) v as people write it,
-which does less: these factors of speed are too large, by how much has not been measured yet."""
+    return table(head, rows)
 
 
 def layers() -> str:
@@ -105,7 +97,7 @@ def loss() -> str:
     found = read("loss")
     parts = [f"{source(found)} {turns(found)}"]
     for row in found["rows"]:
-        p, bares = row["problem"], [row["bare_ms"], row.get("bare_bf16_ms")]
+        p, bares = row["problem"], [row["bare_ms"], row["bare_bf16_ms"]]
         flop = 2 * p["tokens"] * p["vocabulary"] * p["hidden"]
         rates = ", ".join(f"{name} {flop / time / 1e9:.0f}" for name, time in row["bare_ms"].items())
         quickest = len(row["bare_ms"]) * min(row["bare_ms"].values())
@@ -117,7 +109,7 @@ def loss() -> str:
         cells = []
         for name, r in row["results"].items():
             if "ms" in r:
-                shares = [f"{sum(bare.values()) / r['ms']:.0%}" if bare else "-" for bare in bares]
+                shares = [f"{sum(bare.values()) / r['ms']:.0%}" for bare in bares]
                 cells.append([name, f"{r['ms']:.1f}", *shares, f"{r['extra_mib']:.0f}"])
         parts.append(table(["", "ms", "of the bare products, fp32 results", "bf16 results", "extra MiB"], cells))
     return "\n\n".join(parts)
@@ -131,13 +123,7 @@ def block() -> str:
         [", ".join(row["fused"]) or "none", f"{row['ms']:.1f}", f"{row['ms'] / plain:.3f}", f"{row['peak_gib']:.2f}"]
         for row in rows
     ]
-    return table(["fused", "ms", "against none", "peak GiB"], cells) + ("" if "rounds" in found else f"\n\n{BLOCK_BEFORE}")
-
-
-BLOCK_BEFORE = """\
-Attention in all rows is that of an earlier version: these figures, like those of the layers and the loss above, are older than the
-attention kernels of the first table. Only losses were compared then, to 1%; `python -m benchmarks.layers` now holds loss and
-gradients of every row against plain layers in fp32 before it measures any."""
+    return table(["fused", "ms", "against none", "peak GiB"], cells)
 
 
 PEERS = {

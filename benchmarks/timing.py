@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -70,15 +71,21 @@ def milliseconds(run: Callable[[], Any], budget: float = 150.0, most: int = 50) 
     return statistics.median(work.times(work.runs))
 
 
-def in_turns(runs: Mapping[str, Callable[[], Any]], budget: float = 150.0, most: int = 50) -> dict[str, float]:
+def in_turns(runs: Mapping[str, Callable[[], Any]], budget: float = 150.0, most: int = 50, heat: float = 0.0) -> dict[str, float]:
     """Median time of each, in ROUNDS rounds of all, every other one backwards: nobody has the cool card to himself.
 
-    Before its part of a round everyone runs once unmeasured.
+    Before its part of a round everyone runs once unmeasured. Before the first round all work unmeasured for `heat` ms, for figures
+    that are compared with those of another call: a card that comes from rest is far quicker than one that is at its limit of power,
+    and takes seconds to get there.
     """
     works = {name: Work(run, budget, most) for name, run in runs.items()}
+    parts = {name: -(-work.runs // ROUNDS) for name, work in works.items()}
+    warm, turns = time.perf_counter() + heat / 1e3, cycle(works)
+    while time.perf_counter() < warm:
+        works[name := next(turns)].times(parts[name])
     found: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(ROUNDS):
         for name in list(works)[:: 1 if i % 2 == 0 else -1]:
             runs[name]()
-            found[name] += works[name].times(-(-works[name].runs // ROUNDS))
+            found[name] += works[name].times(parts[name])
     return {name: statistics.median(times) for name, times in found.items()}

@@ -57,3 +57,15 @@ def test_everyone_in_turns(gpu: FakeGpu) -> None:
     assert "".join(order) == "abc" + "abc" + "ba" + "bc" + "ba", "a pace of each, and four rounds, every other one backwards"
     assert times["a"] == pytest.approx(times["b"], rel=0.02)
     assert times["c"] == pytest.approx(2 * times["a"], rel=0.05)
+
+
+def test_a_card_at_its_limit_of_power(gpu: FakeGpu) -> None:
+    """Quick for its first second of work; what is measured is what it keeps up."""
+
+    def run() -> None:
+        gpu.run(0.01, 1.0 if gpu.now < 1000 else 1.2)()
+
+    assert in_turns({"a": run, "b": run})["a"] == pytest.approx(1.0)
+    gpu.now = 0.0
+    gpu.until = 0.0
+    assert in_turns({"a": run, "b": run}, heat=1500.0) == pytest.approx({"a": 1.2, "b": 1.2})

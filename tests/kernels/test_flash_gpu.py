@@ -131,6 +131,19 @@ def test_memory_around_the_inputs_is_never_used(width: int, descriptors: bool, d
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_what_is_no_number_is_not_taken_for_an_empty_row(softcap: float | None) -> None:
+    """The hardware's maximum drops what is no number: a row that meets one must not get the lse of a row that sees nothing."""
+    case = Case(Band.causal(), 400, None, 1, 4, 2, 64, q_documents=((300,),), k_documents=((400,),), softcap=softcap)
+    q, k, v, _, _, mask, spec = case.tensors(torch.bfloat16, "cuda")
+    k[0, 200] = float("nan")
+    out, lse = KERNEL.forward(q, k, v, Block.of(mask), spec)
+    assert out[0, :200].isfinite().all()
+    assert lse[0, :, :200].isfinite().all()
+    assert lse[0, :, 200:300].isnan().all()
+    assert lse[0, :, 300:].eq(-torch.inf).all()
+
+
 def test_offsets_beyond_32_bits() -> None:
     """131,328 tokens of 64 heads of 256: 2^31 + 2^22 elements a tensor. A window makes the end depend on the end alone."""
     length, window, tail = 2**17 + 256, 100, 512
