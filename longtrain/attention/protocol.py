@@ -20,6 +20,8 @@ from longtrain.errors import KernelError
 
 PLAIN = AttentionSpec()
 """Scores scaled by 1 / sqrt(D), nothing else."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Of q, k and v, and of what is added to scores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,14 +149,25 @@ class AttentionKernel(Protocol):
         ...
 
 
+def check_dtypes(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
+    """Raises KernelError, which names tensor and dtype: plain torch would compute on integers, and on a mask of bools as a bias."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("bias", spec.bias), ("alibi_slopes", spec.alibi_slopes)):
+        if x is not None and x.dtype not in DTYPES:
+            raise KernelError(f"attention: {name} is {x.dtype}, must be {', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise KernelError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}: give them one dtype")
+
+
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, block: Block | None = None) -> None:
-    """Raises KernelError, which names the tensor, where shapes do not belong together: kernels would read what is not there.
+    """Raises KernelError, which names the tensor, where shapes or dtypes do not belong together: kernels would read what is not
+    there.
 
     Once a call, before any kernel; reads shapes and dtypes only. Without a block nothing is said of segments.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise KernelError(f"attention: {name} is {list(x.shape)}, must be [batch, tokens, heads, width]")
+    check_dtypes(q, k, v, spec)
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
     if kv_heads == 0 or heads % kv_heads:
         raise KernelError(f"attention: q is {list(q.shape)}, k {list(k.shape)}: {heads} heads are no multiple of {kv_heads}")

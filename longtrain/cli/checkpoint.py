@@ -65,10 +65,12 @@ def list_checkpoints(
     """Lists the checkpoints of a run. Step, tokens, loss, size, ranks, and whether they are sound; exit code 2 where one is
     damaged, cannot be read or is of another version, and the files are named."""
     with refusals():
-        from longtrain.train.checkpoint_commands import examine, find, refuse_unsound, table
+        from longtrain.train.checkpoint_commands import aside, examine, find, refuse_unsound, table
 
         entries = [examine(path, content=check) for path in find(run)]
         table_console().print(table(entries, verified=check))
+        if remark := aside(run):
+            say(remark)
         refuse_unsound(entries)
 
 
@@ -93,8 +95,8 @@ def prune_checkpoints(
     keep: Annotated[int, typer.Option(min=1, metavar="N", help="Number of newest sound checkpoints to keep.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
 ) -> None:
-    """Deletes all but the newest checkpoints. Those of which every byte is right count; the only good one always stays, and so does
-    a newer one that cannot be read or is of another version."""
+    """Deletes all but the newest checkpoints, and what was set aside. Those of which every byte is right count; the only good one
+    always stays, and so does a newer one that cannot be read or is of another version."""
     with refusals():
         from longtrain.train.checkpoint_commands import prune
 

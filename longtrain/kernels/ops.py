@@ -23,9 +23,6 @@ from longtrain.attention.spec import AttentionSpec
 from longtrain.errors import KernelError
 from longtrain.kernels.flops import backward_flops, forward_flops
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Of q, k and v, and of what is added to scores."""
-
 Choose = Callable[[Tensor, Tensor, Tensor, Block, AttentionSpec], AttentionKernel]
 """Of q, k and v that belong together (`check_inputs`)."""
 
@@ -140,15 +137,6 @@ class Gradients(NamedTuple):
         return Gradients(dq, dk, dv, more.pop() if spec.bias is not None else None, dsinks)
 
 
-def check_dtypes(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
-    """Raises KernelError, which names tensor and dtype: plain torch would compute on integers, and on a mask of bools as a bias."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("bias", spec.bias), ("alibi_slopes", spec.alibi_slopes)):
-        if x is not None and x.dtype not in DTYPES:
-            raise KernelError(f"attention: {name} is {x.dtype}, must be {', '.join(map(str, DTYPES[:-1]))} or {DTYPES[-1]}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise KernelError(f"attention: q is {q.dtype}, k {k.dtype}, v {v.dtype}: give them one dtype")
-
-
 def _chosen(kernel: Source, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> AttentionKernel:
     return kernel.choose(q, k, v, block, spec) if isinstance(kernel, Chooser) else kernel
 
@@ -156,7 +144,6 @@ def _chosen(kernel: Source, q: Tensor, k: Tensor, v: Tensor, block: Block, spec:
 def run_forward(kernel: Source, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> Partial:
     """A kernel's (out, lse) with the sinks of the spec. Raises KernelError where shapes or dtypes do not belong together."""
     check_inputs(q, k, v, spec, block)
-    check_dtypes(q, k, v, spec)
     part = _chosen(kernel, q, k, v, block, spec).forward(q, k, v, block, spec.without_sinks)
     return part if spec.sinks is None else add_sinks_(part, spec.sinks)
 

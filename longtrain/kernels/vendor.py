@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longtrain.attention.mask import Band
 from longtrain.attention.merge import accumulator_dtype, add_, cast_like, empty_partial, merge_, row_dot, zero_grads
-from longtrain.attention.protocol import Block, Grads, Needs, Partial
+from longtrain.attention.protocol import Block, Grads, Needs, Partial, check_dtypes
 from longtrain.attention.spec import AttentionSpec
 from longtrain.batch import PADDING
 from longtrain.errors import KernelError
@@ -141,8 +141,7 @@ class _VendorKernel:
         refused = [why for feature, why in (MODIFIERS | {"dropout": DROPOUT}).items() if feature in spec.features]
         if refused:
             raise KernelError(f"attention kernel {self.name}: {'; '.join(refused)}")
-        if not q.dtype == k.dtype == v.dtype:
-            raise KernelError(f"attention kernel {self.name}: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: give them one dtype")
+        check_dtypes(q, k, v, spec)
 
     def _nothing(self, q: Tensor, v: Tensor) -> Partial:
         part = empty_partial(q, v.shape[-1])

@@ -167,7 +167,7 @@ def load_pretrained(
     "interpolate" or "random", for learned positions beyond the stored ones; random ones follow from `seed`.
 
     Raises:
-        CheckpointError: a file cannot be read, or the copy of a tied head differs.
+        CheckpointError: a file cannot be read, a number is not finite in the decoder's dtype, or the copy of a tied head differs.
     """
     parameters = dict(model.named_parameters())
     for file in weights.files:
@@ -200,7 +200,13 @@ def _fill(
                 if not reads:
                     continue
                 value = handle.get_tensor(weights.tensors[name].name)
-                parameters[name].copy_(extended(value) if name == POSITIONS else value)
+                filled = parameters[name].copy_(extended(value) if name == POSITIONS else value)
+                # training would skip every step, and export what it began with
+                if not torch.stack(filled.aminmax()).isfinite().all():
+                    raise CheckpointError(
+                        f"{file}: tensor {weights.tensors[name].name} holds numbers that are not finite in {filled.dtype}; fetch "
+                        "the file again, or train in a format of wider range (training.precision)"
+                    )
 
 
 def _read(entry: Entry) -> Tensor:

@@ -331,7 +331,7 @@ def _make_room(save: _Save, elements: int) -> None:
     if free < needed:
         shutil.rmtree(save.temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{save.final}: needs {needed / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free on its disk; free some, or set "
+            f"{save.final}: needs {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free on its disk; free some, or set "
             "checkpoint.keep lower"
         )
 
@@ -343,8 +343,8 @@ def _too_much(here: list[dict[str, Any]]) -> str | None:
         return None
     assert available is not None
     return (
-        f"a copy for the background needs {needed / 2**30:.2f} GiB of memory on {here[0]['host']}, where "
-        f"{available / 2**30:.2f} GiB are left"
+        f"a copy for the background needs {needed / 2**20:,.0f} MiB of memory on {here[0]['host']}, where "
+        f"{available / 2**20:,.0f} MiB are left"
     )
 
 

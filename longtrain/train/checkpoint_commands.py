@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from longtrain.errors import CheckpointError
-from longtrain.train.checkpoint_folder import complete, delete, problems
+from longtrain.train.checkpoint_folder import complete, delete, found_aside, problems
 from longtrain.train.checkpoint_format import (
     DAMAGED,
     MANIFEST,
@@ -84,12 +84,25 @@ def find(path: Path) -> list[Path]:
     """The checkpoint at `path`, or all under the folder of a run, by step. Raises CheckpointError where there is none."""
     if (path / MANIFEST).is_file():
         return [path]
-    folder = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-    found = complete(folder)
+    found = complete(_folder(path))
     if not found:
         problem = "no whole checkpoint here" if path.exists() else "no such folder"
         raise CheckpointError(f"{path}: {problem}; name a run's folder or a checkpoint's")
     return found
+
+
+def _folder(path: Path) -> Path:
+    """Where the checkpoints of the run at `path` are, or the folder itself."""
+    return path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+
+
+def aside(path: Path) -> str | None:
+    """What is to be said of checkpoints that a run at `path` went back past and set aside, None where there are none."""
+    if not (found := found_aside(_folder(path))):
+        return None
+    size = sum(file.stat().st_size for step in found for file in step.rglob("*") if file.is_file())
+    names = ", ".join(step.name for step in found)
+    return f"set aside, {size / 2**20:,.1f} MiB: {names}; `longtrain checkpoint prune` deletes what was set aside"
 
 
 def is_ours(path: Path) -> bool:
@@ -150,7 +163,7 @@ def prune(path: Path, keep: int, *, dry_run: bool = False) -> Iterator[tuple[Pat
     """Deletes all but the `keep` newest checkpoints of a run of which every byte is right; yields each that goes, or that stays and
     is not known to be right, whether it goes, and why.
 
-    Damaged ones go too. Raises CheckpointError, and deletes nothing, where none is right.
+    Damaged ones go too, and what was set aside. Raises CheckpointError, and deletes nothing, where none is right.
     """
     if keep < 1:
         raise CheckpointError(f"--keep {keep}: keep at least 1")
@@ -166,6 +179,7 @@ def prune(path: Path, keep: int, *, dry_run: bool = False) -> Iterator[tuple[Pat
             good += 1
     if not good:
         raise CheckpointError("\n".join([*_lines(wrong), f"{path}: not one checkpoint is right, so that nothing was deleted"]))
+    answers += [(step, True, "was set aside") for step in found_aside(_folder(path))]
     for step, goes, reason in answers:
         if goes and not dry_run:
             delete(step)

@@ -250,6 +250,11 @@ def set_aside(step: Path) -> Path:
     return aside
 
 
+def found_aside(folder: Path) -> list[Path]:
+    """What `set_aside` put away, of all runs so far."""
+    return sorted(path for path in folder.glob("step-*.damaged*") if path.is_dir())
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what dead runs left half written. For the main rank, at start, before anything is saved."""
     for leftover in folder.glob("step-*.tmp"):

@@ -40,6 +40,11 @@ WRONG = {
     "long segments of keys": ({"k_segments": ids(2, 6)}, "k_segments is [2, 6], must be [2, 5]"),
     "int64 segments": ({"k_segments": ids(2, 5, dtype=torch.int64)}, "k_segments are torch.int64, must be torch.int32"),
     "wide bias": ({"bias": torch.zeros(6, 6)}, "bias is [6, 6], must broadcast to [2, 4, 6, 5]"),
+    "two dtypes": (
+        {"v": torch.zeros(2, 5, 2, 3).bfloat16()},
+        "q is torch.float32, k torch.float32, v torch.bfloat16: give them one",
+    ),
+    "a mask as a bias": ({"bias": torch.ones(6, 5, dtype=torch.bool)}, "bias is torch.bool, must be torch.float16, "),
     "deep bias": ({"bias": torch.zeros(1, 2, 4, 6, 5)}, "bias is [1, 2, 4, 6, 5], must broadcast to [2, 4, 6, 5]"),
 }
 

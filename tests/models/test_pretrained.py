@@ -379,6 +379,17 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
         open_pretrained(tmp_path / "in", read_config(tmp_path / "in"))
 
 
+@pytest.mark.parametrize(("number", "dtype"), [(float("nan"), torch.float32), (float("-inf"), torch.float32), (1e6, torch.float16)])
+def test_a_number_that_is_not_finite(number: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Not in the file, or not in what is trained."""
+    save(tmp_path / "in", MODELS["llama"])
+    change_tensors(tmp_path / "in", lambda t: t["model.norm.weight"][3:4].fill_(number))
+    config = read_config(tmp_path / "in")
+    decoder = Decoder(config, LocalAttend(ReferenceKernel())).to(dtype)
+    with pytest.raises(CheckpointError, match=rf"model.safetensors: tensor model.norm.weight holds .* not finite in {dtype}"):
+        load_pretrained(decoder, open_pretrained(tmp_path / "in", config))
+
+
 def test_what_old_files_hold_besides(tmp_path: Path) -> None:
     """Frequencies, a copy of a tied head, names without the prefix of the whole model."""
     save(tmp_path / "in", MODELS["llama-tied"])

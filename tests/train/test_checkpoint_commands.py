@@ -149,6 +149,20 @@ def test_prune() -> None:
     assert command("checkpoint", "prune", "run", "--keep", "0").code == 2
 
 
+def test_what_was_set_aside_is_listed_and_pruned() -> None:
+    flip(CHECKPOINT / TENSORS)
+    assert train("--set", "training.steps=4").code == 0
+    aside = CHECKPOINT.with_name(f"{CHECKPOINT.name}.damaged")
+    said = command("checkpoint", "ls", "run")
+    size = sum(file.stat().st_size for file in aside.iterdir()) / 2**20
+    assert said.code == 0
+    assert f"set aside, {size:.1f} MiB: {aside.name}; `longtrain checkpoint prune` deletes" in said.text
+    newest = complete(FOLDER)[-1]
+    said = command("checkpoint", "prune", "run", "--keep", "1")
+    assert said.text.splitlines()[-1] == f"deleted {aside} (was set aside)"
+    assert [path.name for path in FOLDER.iterdir()] == [newest.name]
+
+
 def future(step: Path) -> None:
     """A state.json with a field of a version to come, rightly signed."""
     state = step / "state.json"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longtrain.attention.mask import Cover
 from longtrain.attention.merge import cast_like, empty_partial, zero_grads
-from longtrain.attention.protocol import Block, Grads, Needs, Partial
+from longtrain.attention.protocol import Block, Grads, Needs, Partial, check_dtypes
 from longtrain.attention.spec import AttentionSpec
 from longtrain.errors import KernelError
 from longtrain.kernels.flash.tiles import GRID, SHARED, TABLE, Pass, Tile, Tiles, longest, tile_for, tiles_for
@@ -245,8 +245,7 @@ class Call:
     """One block's tensors as kernels want them, and what all of its launches share."""
 
     def __init__(self, kernel: FlashKernel, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> None:
-        if not q.dtype == k.dtype == v.dtype:
-            raise KernelError(f"attention kernel triton: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}: give them one dtype")
+        check_dtypes(q, k, v, spec)
         self.kernel, self.tiles = kernel, kernel.table(q.device)
         self.q, self.k, self.v = (_rows(x) for x in (q, k, v))
         (batch, queries, heads, dim), (_, keys, kv_heads, value_dim) = q.shape, v.shape
