@@ -72,6 +72,19 @@ def test_longer_run_resumes_and_keeps_the_older_export() -> None:
     assert "huggingface-step-00000004" in command("report", "run", "--tokens", "0").text
 
 
+@pytest.mark.usefixtures("trained")
+def test_an_export_that_people_work_in_is_still_that_of_an_earlier_end() -> None:
+    """What they write there after a later checkpoint does not make it that one's."""
+    assert train("--set", "training.steps=4", "--until", "4").code == 0
+    shutil.rmtree("run/huggingface-step-00000004")
+    Path("run/huggingface/notes.txt").write_text("mine")
+    said = train("--set", "training.steps=5")
+    assert "Hugging Face checkpoint: run/huggingface-step-00000005" in said.text
+    Path("run/huggingface/more.txt").write_text("mine")
+    shutil.rmtree("run/huggingface-step-00000005")
+    assert "Hugging Face checkpoint: run/huggingface-step-00000005" in train("--set", "training.steps=5").text
+
+
 @pytest.mark.usefixtures("fresh")
 def test_until_stops_with_a_checkpoint_and_the_report_says_how_to_go_on() -> None:
     said = train("--until", "1")
@@ -271,6 +284,18 @@ def training(fresh: None) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         yield started
         started.kill()
+
+
+def test_a_signal_to_a_run_that_saves_nothing(fresh: None) -> None:
+    words = [sys.executable, SCRIPT, "--recipe", "recipe.yaml", "--set", "training.steps=1000000", "--set", "checkpoint.every=null"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert any("step 3/" in line for line in started.stdout)
+        started.send_signal(signal.SIGTERM)
+        out, said = started.communicate(timeout=60)
+    assert started.returncode == STOPPED
+    assert "SIGTERM: stopping after this step, without a checkpoint, as checkpoint.every is null" in said
+    assert "nothing was saved, as checkpoint.every is null" in out
 
 
 def test_ctrl_c(training: subprocess.Popen[str]) -> None:

@@ -115,9 +115,10 @@ def _run(recipe: Recipe, written: Written, resume: str, until: int | None, force
         split, unseen = open_data(plan)
     folder = Path(recipe.run_folder)
     check_place(plan.recipe)
-    check_writable(folder)
+    for place in (folder, folder / CHECKPOINTS):
+        check_writable(place)
     start = choose(plan.recipe, split, resume, force=force)
-    start = replace(start, remarks=(*start.remarks, *remarks))
+    start = replace(start, notes=(*start.notes, *remarks))
     with located(written, "model.init"):
         if start.checkpoint is None:
             check_init(plan.recipe)
@@ -127,6 +128,7 @@ def _run(recipe: Recipe, written: Written, resume: str, until: int | None, force
         with located(written, data):
             verify_data(splits)
     failed, drawn = True, []
+    kept = "without a checkpoint, as checkpoint.every is null" if recipe.checkpoint.every is None else "with a checkpoint"
 
     def draw() -> list[Path]:
         drawn[:] = draw_plots(read_metrics(folder / METRICS_FILE), plan.recipe.name, folder)
@@ -134,17 +136,17 @@ def _run(recipe: Recipe, written: Written, resume: str, until: int | None, force
 
     def asked_to_stop() -> bool:
         if started.orphaned():
-            say_aside("torchrun is gone: stopping after this step, with a checkpoint")
+            say_aside(f"torchrun is gone: stopping after this step, {kept}")
             return True
         return stop.asked()
 
     try:
         ctx = launch.start(started, dp=plan.dp, cp=plan.cp, device=device.type)
-        with StopSignals(say_aside, lambda: None if ctx.rank else _say_interrupted(folder, resume)) as stop:
+        with StopSignals(say_aside, lambda: None if ctx.rank else _say_interrupted(folder, resume), kept) as stop:
             # one of them may be a link
             for place in (folder, folder / CHECKPOINTS):
                 check_shared(ctx, place)
-            launch.check_agreement(ctx, facts_of(plan, splits, start, until))
+            launch.check_agreement(ctx, facts_of(plan, splits, resume, until))
             evaluate = None if unseen is None else _evaluation(plan, ctx, unseen)
             progress = run_training(plan, ctx, split, start, until=until, evaluate=evaluate, draw=draw, asked_to_stop=asked_to_stop)
             # torchrun ends all ranks when one leaves with an exit code, and the main one may still be telling its trackers
@@ -172,7 +174,7 @@ def _evaluation(plan: Plan, ctx: ParallelContext, unseen: Split) -> Evaluate:
 
 def _finish(recipe: Recipe, drawn: list[Path], export: bool) -> None:
     """What the main rank leaves at the end: a word about the plots and, of a complete run that was saved, the export."""
-    from longtrain.train.export import export_checkpoint
+    from longtrain.train.export import export_checkpoint, is_export_of
     from longtrain.train.resume import find_checkpoint
     from longtrain.train.run_folder import EXPORT_FOLDER
 
@@ -183,17 +185,13 @@ def _finish(recipe: Recipe, drawn: list[Path], export: bool) -> None:
     folder = Path(recipe.run_folder)
     checkpoint, out = find_checkpoint(folder), folder / EXPORT_FOLDER
     earlier = ""
-    if out.exists() and not _newer(out, checkpoint):
+    if out.exists() and not is_export_of(out, checkpoint):
         # people work in it
         earlier = f" ({out} is of an earlier end of this run, and stays as it is)"
         out = folder / f"{EXPORT_FOLDER}-{checkpoint.name}"
     if not out.exists():
         export_checkpoint(checkpoint, out, warn=warn)
         say(f"Hugging Face checkpoint: {out}{earlier}")
-
-
-def _newer(export: Path, checkpoint: Path) -> bool:
-    return export.stat().st_mtime >= checkpoint.stat().st_mtime
 
 
 def _say_interrupted(folder: Path, resume: str) -> None:

@@ -127,7 +127,7 @@ def _take_up(partial: Path, plan: Mapping[str, Any], overwrite: bool) -> None:
     if (partial / JOURNAL).exists():
         try:
             old = json.loads((partial / PLAN).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             old = {}
         if json.dumps(old, sort_keys=True) == text:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,22 +22,26 @@ CURVES = {
 }
 EVALUATIONS = 5
 """Curves of loss by position in one plot."""
+# matplotlib is not made for several threads; and what the later one draws, which has more, must be what stays
+_DRAWING = threading.Lock()
 
 Point = tuple[float, float]
 
 
 def draw_plots(rows: Sequence[Mapping[str, Any]], title: str, folder: Path) -> list[Path]:
-    """Every plot that the rows of metrics.jsonl have something for, into `folder`; each appears whole or not at all."""
+    """Every plot that the rows of metrics.jsonl have something for, into `folder`; each appears whole or not at all. Of several
+    threads that call this, one draws after another."""
     if not rows:
         return []
-    figures = {LOSS_PLOT: loss_figure(rows, title)}
-    if any(row.get("eval_by_position") for row in rows):
-        figures[POSITION_PLOT] = position_figure(rows, title)
-    figures |= {name: curve_figure(rows, key, label, title) for name, (key, label) in CURVES.items()}
-    for name, figure in figures.items():
-        part = folder / f".{name}.tmp"
-        figure.savefig(part, dpi=120, format="png")
-        part.replace(folder / name)
+    with _DRAWING:
+        figures = {LOSS_PLOT: loss_figure(rows, title)}
+        if any(row.get("eval_by_position") for row in rows):
+            figures[POSITION_PLOT] = position_figure(rows, title)
+        figures |= {name: curve_figure(rows, key, label, title) for name, (key, label) in CURVES.items()}
+        for name, figure in figures.items():
+            part = folder / f".{name}.tmp"
+            figure.savefig(part, dpi=120, format="png")
+            part.replace(folder / name)
     return [folder / name for name in figures]
 
 

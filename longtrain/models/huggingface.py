@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +28,9 @@ from longtrain.models.tokenizer_json import qwen2_keeps, tokenizer_files
 
 SHARD_BYTES = 5 * 10**9
 """Hugging Face's customary shard: large enough for few files, small enough for a laptop's memory."""
+
+ORIGIN = "longtrain.json"
+"""What the weights of a folder are of; nothing but people and this program reads it."""
 
 APART = "tokenizer"
 """Folder of a second copy of a tokenizer, where no config.json makes transformers read it as another one."""
@@ -50,12 +55,14 @@ def write_folder(
     dtype: torch.dtype,
     shard_bytes: int = SHARD_BYTES,
     warn: Warn = warnings.warn,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config, weights and tokenizer, so that `folder` appears whole or not at all.
 
     tensors: (our name, tensor), every parameter once and in any order; at most `shard_bytes`, or one tensor, of them are held at a
     time. tokenizer_model: a tokenizer.json, or a SentencePiece .model file, also written as one; None leaves the tokenizer out.
-    bos, eos: token ids. warn: told, once the folder is there, what transformers makes of it otherwise than training did.
+    bos, eos: token ids. warn: told, once the folder is there, what transformers makes of it otherwise than training did. origin: of
+    the weights, for people and `origin_of`.
 
     Raises:
         CheckpointError: the folder exists or cannot be written; a parameter is missing, unknown, given twice or of another shape.
@@ -65,6 +72,8 @@ def write_folder(
     with appearing_whole(folder) as part:
         contents = {CONFIG: config_json(config, dtype, bos, eos)}
         contents["generation_config.json"] = {"bos_token_id": bos, "eos_token_id": eos}
+        if origin is not None:
+            contents[ORIGIN] = dict(origin)
         if tokenizer_model is not None:
             contents |= tokenizer_files(tokenizer_model, bos, eos)
             copy_file(tokenizer_model, part / f"tokenizer{tokenizer_model.suffix}")
@@ -82,31 +91,69 @@ def write_folder(
         warn(remark)
 
 
+def origin_of(folder: Path) -> dict[str, Any]:
+    """The `origin` that a folder was written with; empty where it has none, or one that cannot be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads((folder / ORIGIN).read_bytes())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 @contextmanager
 def appearing_whole(folder: Path) -> Iterator[Path]:
-    """A hidden folder to write to, which becomes `folder`, on the disk, where all goes well, and else is deleted.
+    """A hidden folder to write to, which becomes `folder`, on the disk, where all goes well, and else is deleted. So is, at the
+    next time, what a killed process left.
 
     Raises:
-        CheckpointError: `folder` exists or cannot be written.
+        CheckpointError: `folder` exists, cannot be written or is written by another process.
     """
     if folder.exists():
         raise CheckpointError(f"{folder} exists; name a folder that does not")
     whole = folder.absolute()
-    part = whole.with_name(f".{whole.name}.{os.getpid()}.tmp")
+    part = whole.with_name(f".{whole.name}.tmp")
+    with _alone(folder, part):
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            yield part
+            for path in [*part.rglob("*"), part]:
+                sync_path(path)
+            part.rename(whole)
+            sync_path(whole.parent)
+        except (OSError, SafetensorError) as error:
+            blamed = getattr(error, "filename", None)
+            if isinstance(blamed, str) and not Path(blamed).is_relative_to(part):
+                raise
+            raise CheckpointError(f"{folder}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path, part: Path) -> Iterator[None]:
+    """Keeps other processes, also on another host, from writing to `part`. The lock goes with the process, however that ends; where
+    the file system has none, a `part` that is there is refused, as it may be another's."""
+    lock = part.with_suffix(".lock")
     try:
-        part.mkdir(parents=True)
-        yield part
-        for path in [*part.rglob("*"), part]:
-            sync_path(path)
-        part.rename(whole)
-        sync_path(whole.parent)
-    except (OSError, SafetensorError) as error:
-        blamed = getattr(error, "filename", None)
-        if isinstance(blamed, str) and not Path(blamed).is_relative_to(part):
-            raise
-        raise CheckpointError(f"{folder}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with suppress(FileExistsError):
+            part.parent.mkdir(parents=True)
+        file = lock.open("a")
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(lock)):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError):
+            raise CheckpointError(f"{folder}: another process writes it; let it end, or name another folder") from None
+        except OSError:
+            if part.exists():
+                raise CheckpointError(f"{part}: another process writes it, or a killed one left it; then delete it") from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def copy_file(source: Path, target: Path) -> None:

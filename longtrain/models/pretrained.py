@@ -104,6 +104,11 @@ def _headers(folder: Path) -> dict[str, Entry]:
     found: dict[str, Entry] = {}
     for file in _files(folder):
         try:
+            # what it says of a file that it may not read is that there is none
+            file.open("rb").close()
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}; see to its permissions and its disk") from None
+        try:
             with safe_open(file, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (not a mapping)
                     header = handle.get_slice(name)

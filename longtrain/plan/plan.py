@@ -18,7 +18,7 @@ from longtrain.parallel.zero_config import DTYPES, deepspeed_config
 from longtrain.plan.model import model_config, resolve
 from longtrain.plan.ranks import share
 from longtrain.recipe.schema import Device, Recipe
-from longtrain.recipe.zero import overlaid
+from longtrain.recipe.tree import overlaid
 
 
 @dataclass(frozen=True)

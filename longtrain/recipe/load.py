@@ -60,7 +60,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
 def load_written(name_or_path: str | Path, overrides: Sequence[str] = ()) -> "tuple[Recipe, Written]":
     """`load_recipe`, and where its values are written."""
     path = _find(name_or_path)
-    name = _shown(path)
+    name = _shown(path, name_or_path)
     return _parse_written(_read(path, name), name, overrides)
 
 
@@ -74,9 +74,9 @@ def _parse_written(text: str, name: str, overrides: Sequence[str]) -> "tuple[Rec
     settings, complaints = _settings(overrides)
     said: dict[str, Any] = {}
     _write(said, settings)
-    gone = list(_of_another_model(dict(_overlaid(files[-1].value, files[0].value)), said))
+    gone = list(_of_another_model(tree.overlaid(files[-1].value, files[0].value), said))
     files = [file.without(*gone) for file in files]
-    values = dict(_overlaid(files[-1].value, files[0].value))
+    values = tree.overlaid(files[-1].value, files[0].value)
     written = Written(files, _write(values, settings))
 
     recipe, problems = None, []
@@ -200,7 +200,8 @@ def _with_parent(file: _File) -> list[_File]:
         raise RecipeError(f"{file.name}:{line}: {EXTENDS}: expected one recipe, by the name of a built-in one or by its path")
     try:
         path = _find(path_text(wanted))
-        parent = _parse(_read(path, _shown(path)), _shown(path))
+        name = _shown(path, wanted)
+        parent = _parse(_read(path, name), name)
     except (RecipeError, ValueError) as error:
         raise RecipeError(f"{file.name}:{line}: {EXTENDS}: {error}") from None
     if EXTENDS in parent.value:
@@ -229,15 +230,6 @@ def _of_another_model(below: dict[str, Any], above: dict[str, Any]) -> Iterator[
         yield TOKENIZER
 
 
-def _overlaid(below: dict[str, Any], above: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for key in [*below, *(key for key in above if key not in below)]:
-        lower, upper = below.get(key), above.get(key)
-        if key in above and isinstance(lower, dict) and isinstance(upper, dict):
-            yield key, dict(_overlaid(lower, upper))
-        else:
-            yield key, upper if key in above else lower
-
-
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe; the same text for two files
     that say the same, so that its digest stands for the recipe."""
@@ -252,16 +244,20 @@ def _find(name_or_path: str | Path) -> Path:
     if text in known:
         return known[text]
     if not known:
-        raise RecipeError(f"no recipe {text!r}: there are no built-in recipes in {recipes_folder()}; give the path of a file")
+        nowhere = f"there are no built-in recipes in {recipes_folder()}"
+        raise RecipeError(f"no recipe {hidden(text)!r}: {nowhere}; give the path of a file")
     close = get_close_matches(text.lower(), known, n=1)
     hint = f"did you mean {close[0]!r}? The" if close else "the"
     raise RecipeError(
-        f"no built-in recipe {text!r}; {hint} built-in recipes are {', '.join(known)}; "
+        f"no built-in recipe {hidden(text)!r}; {hint} built-in recipes are {', '.join(known)}; "
         "a file of your own needs a path such as my-recipe.yaml"
     )
 
 
-def _shown(path: Path) -> str:
+def _shown(path: Path, given: str | Path) -> str:
+    """What messages call the file. given: as it was written: what a Path leaves of an address is not seen to hold a password."""
+    if hidden(str(given)) != str(given):
+        return hidden(str(given))
     cwd = Path.cwd()
     return str(path.relative_to(cwd)) if path.is_relative_to(cwd) else str(path)
 

@@ -7,6 +7,8 @@ from typing import Annotated, NamedTuple, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from longtrain.recipe.secret import hidden
+
 CONFLICT = "conflict"
 SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "/sys", "/usr")
 """Folders of the operating system, in which no run writes."""
@@ -49,7 +51,8 @@ def path_text(text: str) -> str:
     names = (index for index, word in enumerate(words) if word not in ("", ".", ".."))
     if ".." in words[0 if text.startswith("/") else next(names, len(words)) :]:
         # from behind a link it would lead elsewhere, and the folders that it leaves again would have to be made
-        raise ValueError(f"a path must not go up by '..' after a name; write {posixpath.normpath(text)}")
+        # hidden first: without one of its slashes, the address that a password is in looks like none
+        raise ValueError(f"a path must not go up by '..' after a name; write {posixpath.normpath(hidden(text))}")
     return text
 
 

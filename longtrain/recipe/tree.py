@@ -6,6 +6,7 @@ aliases, merge keys and tags are refused: what a line says is what it means.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,6 +129,15 @@ def parse(text: str, *, whole_value: bool = False) -> Tree:
     tree.lines[()] = _line(node.start_mark)
     tree.value = _value(node, (), tree)
     return tree
+
+
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`below` with the leaves of `above` in it."""
+    merged = dict(below)
+    for name, value in above.items():
+        lower = merged.get(name)
+        merged[name] = overlaid(lower, value) if isinstance(lower, Mapping) and isinstance(value, Mapping) else value
+    return merged
 
 
 def _line(mark: yaml.Mark) -> int:

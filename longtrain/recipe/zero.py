@@ -251,12 +251,3 @@ def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, obj
 def _prefixes(name: str) -> Iterator[str]:
     words = name.split(".")
     return (".".join(words[:end]) for end in range(1, len(words) + 1))
-
-
-def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`below` with the leaves of `above` in it."""
-    merged = dict(below)
-    for name, value in above.items():
-        lower = merged.get(name)
-        merged[name] = overlaid(lower, value) if isinstance(lower, Mapping) and isinstance(value, Mapping) else value
-    return merged

@@ -60,6 +60,10 @@ OVERHEAD = 64 << 20
 Copied = Callable[[Part], AbstractContextManager[Tensor]]
 
 
+class RankFailedError(CheckpointError):
+    """What a rank met says nothing of a checkpoint: it has no memory, no thread, or there is a mistake in the program."""
+
+
 @dataclass
 class _Save:
     """A checkpoint on its way. key: under which the ranks post that their part is written. post: what this one posts. alone:
@@ -290,17 +294,19 @@ def check_together(ctx: ParallelContext, step: Path) -> None:
 
 
 def together(ctx: ParallelContext, action: Callable[[], Any]) -> list[Any]:
-    """Run `action` on every rank; what it returned on each, in rank order, or CheckpointError on all of them."""
+    """Run `action` on every rank; what it returned on each, in rank order, or CheckpointError on all of them: RankFailedError where
+    `action` raised what is no LongtrainError."""
     cause: Exception | None = None
     try:
         answer = {"value": action()}
     except Exception as error:
         cause = error
-        answer = {"error": _in_words(error)}
+        answer = {"error": _in_words(error), "failed": not isinstance(error, LongtrainError)}
     answers = [json.loads(text) for text in ctx.all_gather_text(json.dumps(answer))]
     for rank, other in enumerate(answers):
         if "error" in other:
-            raise CheckpointError(other["error"] if ctx.world == 1 else f"rank {rank}: {other['error']}") from cause
+            kind = RankFailedError if other["failed"] else CheckpointError
+            raise kind(other["error"] if ctx.world == 1 else f"rank {rank}: {other['error']}") from cause
     return [other["value"] for other in answers]
 
 
@@ -312,6 +318,8 @@ def _outdated(steps: list[Path], keep: int, state: TrainState) -> list[Path]:
 
 
 def _in_words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     return str(error) if isinstance(error, LongtrainError) else f"{type(error).__name__}: {error}"
 
 

@@ -9,11 +9,9 @@ from pathlib import Path
 from rich.table import Table
 
 from longtrain.errors import CheckpointError
-from longtrain.train.checkpoint_folder import complete, delete, found_aside, problems
+from longtrain.train.checkpoint_folder import complete, delete, found_aside, is_checkpoint, problems
 from longtrain.train.checkpoint_format import (
     DAMAGED,
-    MANIFEST,
-    STATE,
     OtherVersionError,
     UnreadableError,
     read_manifest,
@@ -82,7 +80,7 @@ class Entry:
 
 def find(path: Path) -> list[Path]:
     """The checkpoint at `path`, or all under the folder of a run, by step. Raises CheckpointError where there is none."""
-    if (path / MANIFEST).is_file():
+    if is_checkpoint(path):
         return [path]
     found = complete(_folder(path))
     if not found:
@@ -107,10 +105,7 @@ def aside(path: Path) -> str | None:
 
 def is_ours(path: Path) -> bool:
     """Whether this is a checkpoint of ours, or a folder with some."""
-    # other libraries have files of either name
-    return all((path / name).is_file() for name in (MANIFEST, STATE)) or any(
-        complete(folder) for folder in (path, path / CHECKPOINTS)
-    )
+    return is_checkpoint(path) or any(complete(folder) for folder in (path, path / CHECKPOINTS))
 
 
 def without_advice(problems: Iterable[str]) -> list[str]:
@@ -167,6 +162,8 @@ def prune(path: Path, keep: int, *, dry_run: bool = False) -> Iterator[tuple[Pat
     """
     if keep < 1:
         raise CheckpointError(f"--keep {keep}: keep at least 1")
+    if is_checkpoint(path):
+        raise CheckpointError(f"{path}: is one checkpoint; name the folder of its run")
     good, answers, wrong = 0, [], []
     for step in reversed(find(path)):
         if good == keep:
@@ -179,7 +176,10 @@ def prune(path: Path, keep: int, *, dry_run: bool = False) -> Iterator[tuple[Pat
             good += 1
     if not good:
         raise CheckpointError("\n".join([*_lines(wrong), f"{path}: not one checkpoint is right, so that nothing was deleted"]))
-    answers += [(step, True, "was set aside") for step in found_aside(_folder(path))]
+    for step in found_aside(_folder(path)):
+        found = problems(step, content=False)
+        spared = bool(found) and judge(found) is not DAMAGE
+        answers.append((step, not spared, judge(found).reason if spared else "was set aside"))
     for step, goes, reason in answers:
         if goes and not dry_run:
             delete(step)

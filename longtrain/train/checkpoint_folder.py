@@ -61,9 +61,15 @@ def find_latest(folder: Path) -> Path | None:
     return (complete(folder) or [None])[-1]
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a step folder, a damaged one too, and not a folder with some. Prepared data has a manifest as well."""
+    named = STEP_FOLDER.fullmatch(path.name) is not None and path.is_dir()
+    return named or all((path / name).is_file() for name in (MANIFEST, STATE))
+
+
 def resolve(path: Path) -> Path:
     """`path` if it is a step folder, else the newest one under it. Raises CheckpointError where there is none."""
-    if (path / MANIFEST).is_file() or (STEP_FOLDER.fullmatch(path.name) and path.is_dir()):
+    if is_checkpoint(path):
         return path
     latest = find_latest(path)
     if latest is None:

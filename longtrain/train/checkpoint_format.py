@@ -14,7 +14,7 @@ from longtrain.files import write_durably
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-DAMAGED = "the checkpoint is damaged; delete its folder to go on from an earlier one"
+DAMAGED = "the checkpoint is damaged"
 _OTHER_VERSION = "another version of longtrain wrote this checkpoint; go on from it with that one (versions in its state.json)"
 STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 

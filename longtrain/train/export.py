@@ -18,13 +18,13 @@ from longtrain.errors import CheckpointError, DataError
 from longtrain.kernels.local import LocalAttend
 from longtrain.kernels.memory_efficient import MemoryEfficientKernel
 from longtrain.models.decoder import Decoder
-from longtrain.models.huggingface import Warn, write_folder
+from longtrain.models.huggingface import Warn, origin_of, write_folder
 from longtrain.parallel.zero_config import DTYPES
 from longtrain.plan.model import model_config
 from longtrain.recipe.load import parse_recipe
 from longtrain.recipe.schema import Precision, Recipe
 from longtrain.train.checkpoint_commands import find, without_advice
-from longtrain.train.checkpoint_folder import check_files, read_master
+from longtrain.train.checkpoint_folder import check_files, digest_of, read_master
 from longtrain.train.checkpoint_format import STATE, TrainState, read_state
 from longtrain.train.checkpoint_format import read_manifest as read_checkpoint
 
@@ -64,8 +64,14 @@ def export_checkpoint(
         eos=entry.eos,
         dtype=DTYPES[dtype or sound.recipe.training.precision],
         warn=warn,
+        origin={"run": sound.recipe.name, "step": sound.state.step, "manifest_sha256": digest_of(sound.path)},
     )
     return sound.path
+
+
+def is_export_of(out: Path, checkpoint: Path) -> bool:
+    """Whether this Hugging Face folder was made of this checkpoint."""
+    return origin_of(out).get("manifest_sha256") == digest_of(checkpoint)
 
 
 def load_trained(run: Path, *, data: Path | None = None, warn: Warn = warnings.warn) -> Trained:

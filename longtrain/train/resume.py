@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +18,16 @@ from longtrain.recipe.schema import Recipe
 from longtrain.recipe.section import as_written
 from longtrain.train import checkpoint
 from longtrain.train.checkpoint_folder import check_files, complete, digest_of, find_latest, problems, resolve
-from longtrain.train.checkpoint_format import MANIFEST, STATE, Origin, OtherVersionError, TrainState, read_manifest, read_state
+from longtrain.train.checkpoint_format import (
+    MANIFEST,
+    STATE,
+    Origin,
+    OtherVersionError,
+    TrainState,
+    read_manifest,
+    read_state,
+    step_of,
+)
 from longtrain.train.state import Progress, RecentLosses
 
 CHECKPOINTS = "checkpoints"
@@ -40,6 +50,22 @@ FREE_FIELDS = {
     "training.max_skipped",
 }
 
+SHAPE = {
+    f"model.{field}"
+    for field in (
+        "family",
+        "vocab_size",
+        "hidden_size",
+        "layers",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "intermediate_size",
+        "tied_embeddings",
+    )
+}
+"""Of which parameters have their shapes: nothing goes on from another one."""
+
 Damaged = tuple[Path, str]
 """A checkpoint that cannot be gone on from, and why."""
 Change = tuple[str, Any, Any]
@@ -50,9 +76,9 @@ Change = tuple[str, Any, Any]
 class Start:
     """Where a run begins: at a checkpoint, or at step 0 where there is none.
 
-    remarks: what to tell the user. tracker: the id that an experiment tracker has the run under. origin: as in TrainState. damaged:
-    newer checkpoints that were passed over. earlier: given the reason for which this one is passed over too, where the run begins
-    then; None where nothing but this one will do.
+    remarks: what to tell the user of this checkpoint. notes: what to tell him whichever it is. tracker: the id that an experiment
+    tracker has the run under. origin: as in TrainState. damaged: newer checkpoints that were passed over. earlier: given the reason
+    for which this one is passed over too, where the run begins then; None where nothing but this one will do.
     """
 
     checkpoint: Path | None
@@ -61,6 +87,7 @@ class Start:
     origin: Origin | None = None
     damaged: tuple[Path, ...] = ()
     earlier: Callable[[str], Start] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def choose(recipe: Recipe, split: Split, wanted: str, *, force: bool = False) -> Start:
@@ -85,8 +112,7 @@ def choose(recipe: Recipe, split: Split, wanted: str, *, force: bool = False) ->
         return _newest(recipe, split, force, ())
     if latest is not None and _began_at(folder, Path(wanted)):
         start = _newest(recipe, split, force, ())
-        remark = f"this run began at {wanted}: it goes on from its newest checkpoint, as with --resume auto"
-        return replace(start, remarks=(remark, *start.remarks))
+        return replace(start, notes=(f"this run began at {wanted}: it goes on from its newest checkpoint, as with --resume auto",))
     path = find_checkpoint(Path(wanted))
     if latest is not None and latest.resolve() != path.resolve():
         # going on from an older step here would leave two futures in one folder, and auto would take the abandoned one
@@ -95,8 +121,11 @@ def choose(recipe: Recipe, split: Split, wanted: str, *, force: bool = False) ->
             "instead, set another name or output, or delete the newer ones"
         )
     if reason := _wrong(path, recipe, split, force):
-        raise CheckpointError(reason)
+        raise CheckpointError(f"{reason}; {_ANOTHER}")
     return replace(_start_at(path, recipe, split, force), origin=Origin(path=str(path.resolve()), manifest=digest_of(path)))
+
+
+_ANOTHER = "name another one: `longtrain checkpoint ls --verify` says which of a run are sound"
 
 
 def _began_at(folder: Path, wanted: Path) -> bool:
@@ -121,30 +150,54 @@ def _origin_of(folder: Path) -> Origin | None:
 
 
 def confirm(ctx: ParallelContext, start: Start) -> Start:
-    """`start` when every byte of its checkpoint is what was written, or an earlier one of the run, the same on all ranks; what else
-    it says is then the main rank's. A collective of all ranks.
+    """The main rank's `start` when every byte of its checkpoint is what was written, or an earlier one of the run: the same one on
+    all ranks, whatever they chose; what else it says is the main rank's. A collective of all ranks.
 
-    Raises CheckpointError on every rank where there is none, or where the user asked for this one.
+    Raises CheckpointError on every rank where there is none, where the user asked for this one, where the main rank does not see
+    what another one sees, or where a rank fails for another reason.
     """
+    start = _agreed(ctx, start)
     while start.checkpoint is not None:
         try:
             checkpoint.check_together(ctx, start.checkpoint)
             return start
+        except checkpoint.RankFailedError:
+            raise
         except CheckpointError as error:
             if start.earlier is None:
-                raise
+                raise CheckpointError(f"{error}; {_ANOTHER}") from error
             start = _earlier(ctx, start, start.earlier, str(error))
     return start
 
 
+def _agreed(ctx: ParallelContext, start: Start) -> Start:
+    """The main rank's choice: others may have failed to read what it reads, or read what it does not. A collective of all ranks."""
+    answer = [None if start.checkpoint is None else str(start.checkpoint), [str(path) for path in start.damaged]]
+    rows = [json.loads(text) for text in ctx.all_gather_text(json.dumps([*answer, start.earlier is not None]))]
+    name, passed, goes_back = rows[0]
+    chosen = None if name is None else Path(name)
+    for rank, (other, *_) in enumerate(rows):
+        if other not in (None, name, *passed) and (chosen is None or step_of(Path(other)) > step_of(chosen)):
+            # going on without it would write over it
+            raise CheckpointError(
+                f"{other}: rank {rank} sees this checkpoint, and rank 0 does not; see to it that all hosts share this folder, and "
+                "start again"
+            )
+    return start if ctx.is_main else replace(start, checkpoint=chosen, earlier=_of_the_main_rank if goes_back else None)
+
+
+def _of_the_main_rank(reason: str) -> Start:
+    raise AssertionError("only the main rank chooses")
+
+
 def _earlier(ctx: ParallelContext, start: Start, choose_earlier: Callable[[str], Start], reason: str) -> Start:
-    """What the main rank chooses: another may fail to read what it reads. A collective of all ranks."""
+    """What the main rank chooses then. A collective of all ranks."""
     chosen: list[Start] = []
 
     def ask() -> str | None:
         if not ctx.is_main:
             return None
-        chosen.append(choose_earlier(reason))
+        chosen.append(replace(choose_earlier(reason), notes=start.notes))
         return str(chosen[0].checkpoint)
 
     name = checkpoint.together(ctx, ask)[0]
@@ -170,7 +223,10 @@ def _newest(recipe: Recipe, split: Split, force: bool, damaged: Sequence[Damaged
         )
     if damaged:
         lines = "\n".join(f"  {reason}" for _, reason in damaged)
-        raise CheckpointError(f"every checkpoint of this run is damaged or cannot be read:\n{lines}\nto start again, delete them")
+        raise CheckpointError(
+            f"every checkpoint of this run is damaged or cannot be read:\n{lines}\nwhat cannot be read may be right: see to its "
+            "permissions and its disk; to start again, delete them"
+        )
     return Start(None)
 
 
@@ -272,10 +328,11 @@ def _other_data(path: Path, state: TrainState, split: Split) -> Iterator[str]:
 def _other_run(path: Path, changes: list[Change]) -> Iterator[str]:
     fixed = [change for change in changes if change[0] not in FREE_FIELDS and change[0].split(".")[0] not in FREE_SECTIONS]
     if fixed:
+        forced = "" if any(field in SHAPE for field, *_ in fixed) else "or go on all the same with --force-resume; "
         shown = ((field, as_written(before), as_written(after)) for field, before, after in fixed)
         lines = "\n".join(f"  {field}: {before} in the checkpoint, {after} in this recipe" for field, before, after in shown)
         yield (
-            f"{path}: is a checkpoint of another recipe:\n{lines}\nset these back; or go on all the same with --force-resume; or "
+            f"{path}: is a checkpoint of another recipe:\n{lines}\nset these back; {forced}or "
             f"start from step 0 under a name of its own, if you like with these weights: `longtrain export {path} --out FOLDER "
             "--dtype fp32`, then model.init FOLDER"
         )

@@ -18,7 +18,7 @@ from longtrain.parallel.context import ParallelContext
 from longtrain.plan import Plan
 from longtrain.train.assemble import Run, assemble, warnings
 from longtrain.train.checkpoint import together
-from longtrain.train.checkpoint_folder import complete, digest_of, remove_leftovers, set_aside
+from longtrain.train.checkpoint_folder import complete, remove_leftovers, set_aside
 from longtrain.train.checkpoint_format import step_of
 from longtrain.train.experiment import choose_id, experiment_trackers
 from longtrain.train.loop import Evaluate, train
@@ -83,12 +83,12 @@ def _last_plots(draw: Draw) -> Sequence[Path]:
         return ()
 
 
-def facts_of(plan: Plan, splits: Sequence[Split], start: Start, until: int | None) -> dict[str, str]:
-    """What all ranks of a run must have in common, for `check_agreement`: recipe, data, checkpoint, versions."""
+def facts_of(plan: Plan, splits: Sequence[Split], resume: str, until: int | None) -> dict[str, str]:
+    """What all ranks of a run must have in common, for `check_agreement`: recipe, data, options, versions. Which checkpoint they go
+    on from, `confirm` settles."""
     facts = {f"recipe field {field}": repr(value) for field, value in flat(plan.recipe.model_dump(mode="json")).items()}
     facts |= {f"data ({split.split})": split.fingerprint for split in splits}
-    facts["checkpoint"] = "none" if start.checkpoint is None else f"{start.checkpoint.name} {digest_of(start.checkpoint)}"
-    facts["--until"] = str(until)
+    facts |= {"--resume": resume, "--until": str(until)}
     return facts | {"longtrain version": longtrain.__version__, "torch version": str(torch.__version__)}
 
 
@@ -127,7 +127,7 @@ def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw |
     if draw is not None:
         more.append(Background("plots", lambda: Redrawn(draw), terminal.say))
     run.trackers = Trackers([lines, terminal, *more], run_id)
-    for line in (*start.remarks, *aside, *warnings(run.split, None if start.checkpoint else run.plan)):
+    for line in (*start.notes, *start.remarks, *aside, *warnings(run.split, None if start.checkpoint else run.plan)):
         run.trackers.say(line)
 
 

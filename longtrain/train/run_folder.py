@@ -31,6 +31,7 @@ from longtrain.plan import Plan
 from longtrain.plan.describe import describe
 from longtrain.recipe.load import dump_recipe
 from longtrain.recipe.schema import Recipe
+from longtrain.recipe.secret import hidden
 from longtrain.recipe.section import system_folder
 from longtrain.train.resume import CHECKPOINTS
 from longtrain.train.tracking import METRICS_FILE
@@ -89,7 +90,7 @@ def environment(ctx: ParallelContext, done: int) -> dict[str, Any]:
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "after_step": done,
-        "command": shlex.join(sys.argv),
+        "command": hidden(shlex.join(sys.argv)),
         "directory": str(Path.cwd()),
         "ranks": {host: dict(devices) for host, devices in machines.items()},
         "platform": platform.platform(),

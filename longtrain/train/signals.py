@@ -40,11 +40,13 @@ class StopSignals:
     """A context in which the signals are a request to stop. Does nothing outside the main thread, where Python gets none.
 
     say: tells people, once for the first signal. last_words: called when the second one ends the process, which waits LAST_WORDS
-    seconds for it. Each in a thread of its own.
+    seconds for it. Each in a thread of its own. kept: what the first one leaves behind, in words.
     """
 
-    def __init__(self, say: Callable[[str], None], last_words: Callable[[], None] = lambda: None) -> None:
-        self._say, self._last_words = say, last_words
+    def __init__(
+        self, say: Callable[[str], None], last_words: Callable[[], None] = lambda: None, kept: str = "with a checkpoint"
+    ) -> None:
+        self._say, self._last_words, self._kept = say, last_words, kept
         self._first: tuple[signal.Signals, float] | None = None
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
@@ -84,7 +86,7 @@ class StopSignals:
         now = time.monotonic()
         if self._first is None:
             self._first = number, now
-            text = f"{number.name}: stopping after this step, with a checkpoint; once more ends it at once, without one"
+            text = f"{number.name}: stopping after this step, {self._kept}; once more ends it at once, with nothing saved"
             with suppress(RuntimeError):  # no thread can be started any more
                 beside(lambda: self._say(text))
         elif now > self._first[1] + SAME:

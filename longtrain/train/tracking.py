@@ -346,7 +346,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(_whole_lines(path), 1):
         row: Any = None
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             row = json.loads(line)
         # a wrong step would cut off at the next start what comes after it
         if not _is_report(row) or (rows and row["step"] <= rows[-1]["step"]):

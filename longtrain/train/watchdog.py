@@ -35,6 +35,8 @@ GRACE = 10.0
 taken."""
 LOOKS = 10
 """How many times the watchdog looks in the time that it is given."""
+HEARD = 8
+"""How many times, at least, it looks in GRACE whether another rank gives up: it must write its own stacks in that time."""
 SLOW = 4
 """How many times as long the first step, which compiles, and a roll-back, which reads a checkpoint, may take."""
 
@@ -86,8 +88,9 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._seconds is not None:
             poll = self._seconds / LOOKS
-            for work in (self._judge, self._exchange):
-                self._threads.append(threading.Thread(target=work, args=(self._seconds, poll), name="watchdog", daemon=True))
+            soon = min(poll, GRACE / HEARD)
+            for work, *given in ((self._judge, soon, self._seconds), (self._exchange, poll), (self._listen, soon)):
+                self._threads.append(threading.Thread(target=work, args=given, name="watchdog", daemon=True))
                 self._threads[-1].start()
         return self
 
@@ -99,7 +102,7 @@ class Watchdog:
         for thread in self._threads:  # one that is inside the store while the interpreter ends makes the process abort
             thread.join(1.0)
 
-    def _judge(self, seconds: float, poll: float) -> None:
+    def _judge(self, poll: float, seconds: float) -> None:
         """Touches nothing that could hang."""
         seen, heard = (-1, -1), time.monotonic()
         looked = heard
@@ -113,7 +116,7 @@ class Watchdog:
             if self._others_end or now - heard > patience:
                 self._end(now - heard)
 
-    def _exchange(self, seconds: float, poll: float) -> None:
+    def _exchange(self, poll: float) -> None:
         """Adds this rank's signs of life to those of all, and hears of theirs."""
         told, grown = 0, 0
         while not self._ended.wait(poll):
@@ -126,9 +129,16 @@ class Watchdog:
             own = self._own
             try:
                 self._all = self._stores[0].add("signs", own - told)
-                self._others_end = self._stores[0].check(["stuck"])
                 told = own
             except RuntimeError:  # its host is gone: then this rank stands alone
+                return
+
+    def _listen(self, poll: float) -> None:
+        """Hears that another rank gives up. Apart from what is counted, which is asked of the disk too, and far less often."""
+        while self._stores and not self._others_end and not self._ended.wait(poll):
+            try:
+                self._others_end = self._stores[1].check(["stuck"])
+            except RuntimeError:
                 return
 
     def _saved_bytes(self) -> int:

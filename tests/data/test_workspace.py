@@ -151,6 +151,14 @@ def replace_plan(out: Path, overwrite: bool) -> None:
         write_new(folder)
 
 
+def test_a_plan_that_cannot_be_read_is_another_one(tmp_path: Path) -> None:
+    unfinished(tmp_path / "out")
+    for content in ("", 100_000 * "["):
+        (tmp_path / ".out.partial" / "plan.json").write_text(content)
+        with pytest.raises(DataError, match=r"unfinished preparation that differs in: --seed, --text-field; .*--overwrite"):
+            replace_plan(tmp_path / "out", overwrite=False)
+
+
 def test_work_that_has_only_begun_is_not_kept(tmp_path: Path) -> None:
     unfinished(tmp_path / "out", journal=False)
     assert not list(tmp_path.iterdir())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from longtrain.evaluate.plot import curve_figure, draw_plots, loss_figure, position_figure
 from longtrain.evaluate.report import summary
@@ -98,6 +101,22 @@ def test_files_are_png(tmp_path: Path, rows: list[dict[str, Any]], files: list[s
         content = (tmp_path / name).read_bytes()
         assert content[:8] == b"\x89PNG\r\n\x1a\n"
         assert b"IEND" in content[-12:]
+
+
+def test_several_threads_may_draw_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one does while training goes on, and the main one at its end."""
+
+    def slowly(figure: Figure, path: Path, **_: Any) -> None:
+        with path.open("wb", buffering=0) as file:
+            file.write(b"half")
+            time.sleep(0.02)
+            file.write(b"half")
+
+    monkeypatch.setattr(Figure, "savefig", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        drawn = [threads.submit(draw_plots, ROWS, "a-run", tmp_path) for _ in range(4)]
+        assert all(sorted(path.name for path in plots.result()) == CURVES for plots in drawn)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == dict.fromkeys(CURVES, b"halfhalf")
 
 
 def test_summary() -> None:

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longtrain.attention import AttentionMask, Band
 from longtrain.errors import CheckpointError, DataError
 from longtrain.models import Decoder, ModelConfig, hugging_face_names
-from longtrain.models.huggingface import write_folder
+from longtrain.models.huggingface import appearing_whole, write_folder
 from longtrain.models.rope import Dynamic, Linear, LongRope, RopeScaling, Yarn
+from longtrain.parallel.context import ParallelContext
+from tests.distributed import start_ranks
 
 
 def export(folder: Path, model: Decoder, **options: object) -> None:
@@ -175,6 +179,43 @@ def test_a_failed_export_leaves_nothing(small: ModelConfig, build: Callable, tmp
     (tmp_path / "out").mkdir()
     with pytest.raises(CheckpointError, match="exists"):
         write_folder(tmp_path / "out", small, tensors, **settings)  # type: ignore[arg-type]
+
+
+def _write_for_ever(ctx: ParallelContext, out: str) -> None:
+    with appearing_whole(Path(out)) as part:
+        (part / "weights").write_bytes(b"half")
+        time.sleep(3600)
+
+
+def test_what_a_killed_export_left_is_cleared_and_a_living_one_is_not(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with start_ranks(_write_for_ever, 1, str(out)) as ranks:
+        end = time.monotonic() + 60
+        while not (begun := [path for path in tmp_path.rglob("weights") if path.read_bytes() == b"half"]):
+            assert ranks.running()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        with pytest.raises(CheckpointError, match=r"/out: another process writes it; "), appearing_whole(out):
+            pass
+        assert [path.read_bytes() for path in begun] == [b"half"]
+        ranks.kill([0])
+    with appearing_whole(out) as part:
+        assert not list(part.iterdir())
+        (part / "config.json").write_text("whole")
+    assert sorted(tmp_path.rglob("*")) == [out, out / "config.json"]
+
+
+def test_without_locks_nothing_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unable)
+    out = tmp_path / "out"
+    with appearing_whole(out) as part:
+        (part / "weights").write_bytes(b"half")
+        with pytest.raises(CheckpointError, match=rf"{part}: another process writes it, or a killed one"), appearing_whole(out):
+            pass
+    assert sorted(tmp_path.rglob("*")) == [out, out / "weights"]
 
 
 @pytest.mark.parametrize("call", ["pathlib.Path.write_bytes", "os.fsync", "longtrain.models.huggingface.save_file"])

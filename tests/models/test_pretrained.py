@@ -390,6 +390,20 @@ def test_a_number_that_is_not_finite(number: float, dtype: torch.dtype, tmp_path
         load_pretrained(decoder, open_pretrained(tmp_path / "in", config))
 
 
+def test_a_file_that_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "in", MODELS["llama"])
+    config = read_config(tmp_path / "in")
+
+    def refuse(path: Path, mode: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("longtrain.models.pretrained.read_config", lambda _: config)
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(CheckpointError, match=r"model.safetensors: cannot be read: Permission denied; see to its permissions"):
+            open_pretrained(tmp_path / "in", config)
+
+
 def test_what_old_files_hold_besides(tmp_path: Path) -> None:
     """Frequencies, a copy of a tied head, names without the prefix of the whole model."""
     save(tmp_path / "in", MODELS["llama-tied"])

@@ -80,6 +80,36 @@ def test_one_without_quotes_on_the_command_line_is_not_repeated(write, kind: str
     assert key in str(caught.value)
 
 
+FILES = (
+    "https://me:hunter2secret@host/x.yaml",
+    "https://me:hunter2secret@host/../x.yaml",
+    "https://me:hunter2secret@host/x",
+    f"./hf_{LETTERS}.yaml",
+    f"hf_{LETTERS}",
+    f"~/hf_{LETTERS}.yaml",
+)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_name_of_a_recipe_is_not_repeated_with_a_secret(write, file: str) -> None:
+    write(f"extends: {file}\nname: child\n")
+    for path, there in (("x.yaml", "x.yaml:1: extends: "), (file, "")):
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(path)
+        assert str(caught.value).startswith(there)
+        assert not any(part in str(caught.value) for part in ("hunter2secret", LETTERS[:13]))
+
+
+def test_nor_is_that_of_one_that_is_there(write) -> None:
+    file = f"hf_{LETTERS}.yaml"
+    Path(write("seed: [\n")).rename(file)
+    Path("child.yaml").write_text(f"extends: ./{file}\nname: child\n")
+    for path in (file, f"./{file}", "child.yaml"):
+        with pytest.raises(RecipeError, match=r"\*{3}\.yaml:[12]: not valid YAML: ") as caught:
+            load_recipe(path)
+        assert LETTERS[:13] not in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ORDINARY)
 def test_what_is_no_secret_is_not_taken_for_one(text: str) -> None:
     assert hidden(text) == text

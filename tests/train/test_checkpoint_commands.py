@@ -80,6 +80,14 @@ def test_verify() -> None:
     assert "nowhere: no such folder" in command("checkpoint", "verify", "nowhere").text
 
 
+def test_a_checkpoint_without_its_manifest_is_damaged_by_its_name_too() -> None:
+    (OLDER / "manifest.json").unlink()
+    for words in (("ls", str(OLDER)), ("verify", str(OLDER)), ("export", str(OLDER), "--out", "out")):
+        said = command("checkpoint", *words)
+        assert said.code == 2
+        assert f"{OLDER}/manifest.json: missing" in said.text
+
+
 def test_a_recipe_that_is_not_the_manifests_is_damage() -> None:
     changed = read_manifest(CHECKPOINT).model_copy(update={"recipe_sha256": "0" * 64})
     write_manifest(CHECKPOINT / "manifest.json", changed)
@@ -147,6 +155,27 @@ def test_prune() -> None:
     assert "not one checkpoint is right, so that nothing was deleted" in said.text
     assert OLDER.exists()
     assert command("checkpoint", "prune", "run", "--keep", "0").code == 2
+
+
+def test_what_is_no_folder_of_checkpoints() -> None:
+    """Prepared data has a manifest too: nobody is to delete it."""
+    Path("prepared").mkdir()
+    Path("prepared/manifest.json").write_text('{"format": "longtrain-data", "version": 1}')
+    said = [command("checkpoint", "ls", "prepared"), command("checkpoint", "prune", "prepared", "--keep", "1")]
+    said.append(train("--resume", "prepared", "--set", "name=new"))
+    for answer in said:
+        assert answer.code == 2
+        assert "prepared: no whole checkpoint here" in answer.text
+    answer = command("checkpoint", "prune", str(OLDER), "--keep", "1")
+    assert (answer.code, answer.text) == (2, f"error: {OLDER}: is one checkpoint; name the folder of its run\n")
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_written_to_is_refused_at_the_start() -> None:
+    Path("other").mkdir()
+    Path("other/checkpoints").write_text("")
+    said = train("--set", "output=other")
+    assert said.code == 2
+    assert "other/checkpoints is not a folder; set another output" in " ".join(said.text.split())
 
 
 def test_what_was_set_aside_is_listed_and_pruned() -> None:
@@ -300,6 +329,7 @@ def test_another_recipe_can_be_forced() -> None:
     assert said.code == 2
     assert "optimizer.eps: 1e-08 in the checkpoint, 1e-06 in this recipe" in said.text
     assert "--force-resume" in said.text
+    assert "--force-resume" not in train("--set", "model.intermediate_size=32").text, "of another shape nothing goes on"
     said = train(*changes, "--force-resume")
     assert said.code == 0, said.text
     assert f"WARNING: forced to go on, although {CHECKPOINT}: is a checkpoint of another recipe" in said.text

@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +316,69 @@ def test_ranks_go_on_from_the_same_one_also_where_one_of_them_cannot_read(tmp_pa
     results = run_ranks(_confirm, 2, chain.overrides, second / MANIFEST)
     assert [name for name, _ in results] == [first.name] * 2
     assert results[0][1], "the main rank says what was passed over"
+
+
+def _sees(ctx: ParallelContext, overrides: tuple[str, ...], at: int, unreadable: Path) -> tuple[str | None, str]:
+    """The checkpoint that a rank goes on from, or why it refuses, where rank `at` cannot read a file before the ranks have met."""
+    recipe = tiny_recipe(*overrides)
+    split = open_data(make_plan(recipe, 1, "cpu"))[0]
+    with _failing((Path, "read_bytes"), unreadable, errno.EIO) if ctx.rank == at else nullcontext():
+        start = choose(recipe, split, "auto")
+    try:
+        found = confirm(ctx, start).checkpoint
+    except CheckpointError as error:
+        return None, str(error)
+    return (None if found is None else found.name), ""
+
+
+def test_the_main_rank_chooses_also_before_the_ranks_have_met(tmp_path: Path, data: Path) -> None:
+    """Another one that reads less follows; so does one that reads what the main rank has passed over."""
+    chain = Chain(tmp_path / "run", data)
+    _, second, third = chain.steps
+    for at, name in ((1, third.name), (0, second.name)):
+        assert run_ranks(_sees, 2, chain.overrides, at, third / MANIFEST) == [(name, "")] * 2
+
+
+def _hidden(ctx: ParallelContext, overrides: tuple[str, ...], hidden: list[str]) -> str:
+    """What a rank says where these checkpoints do not appear in the main rank's listing."""
+    recipe = tiny_recipe(*overrides)
+    split = open_data(make_plan(recipe, 1, "cpu"))[0]
+    with pytest.MonkeyPatch.context() as patch:
+        if ctx.is_main:
+            seen = lambda folder: [path for path in complete(folder) if path.name not in hidden]  # noqa: E731
+            patch.setattr("longtrain.train.resume.complete", seen)
+        start = choose(recipe, split, "auto")
+    with pytest.raises(CheckpointError) as refusal:
+        confirm(ctx, start)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_the_main_rank_does_not_see_is_not_written_over(tmp_path: Path, data: Path, count: int) -> None:
+    """As in a stale listing of a network file system: the newest one, or all, which would be a start from step 0."""
+    chain = Chain(tmp_path / "run", data)
+    hidden = [path.name for path in chain.steps[-count:]]
+    for said in run_ranks(_hidden, 2, chain.overrides, hidden):
+        assert said.startswith(f"{chain.steps[-1]}: rank 1 sees this checkpoint, and rank 0 does not; ")
+
+
+@pytest.mark.parametrize("trouble", [MemoryError("no memory"), RuntimeError("can't start new thread")])
+def test_trouble_of_a_process_is_no_damage(tmp_path: Path, data: Path, trouble: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = Chain(tmp_path / "run", data)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise trouble
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "check_files", fail)
+        with pytest.raises(CheckpointError, match=f"{type(trouble).__name__}: {trouble}"):
+            chain.start()
+    assert chain.start().checkpoint == chain.steps[-1]
+
+
+def test_what_holds_for_any_checkpoint_is_said_of_an_earlier_one(tmp_path: Path, data: Path) -> None:
+    chain = Chain(tmp_path / "run", data)
+    _flip(chain.steps[-1])
+    start = replace(choose(chain.recipe, chain.split, "auto"), notes=("each ring reaches over hosts",))
+    found = confirm(chain.engine.ctx, start)
+    assert (found.checkpoint, found.notes) == (chain.steps[1], start.notes)

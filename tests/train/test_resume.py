@@ -271,9 +271,7 @@ def test_the_checkpoint_that_a_run_began_at_names_its_newest(trained: Path, tmp_
         start = pick(tmp_path, "new", str(path), data=data)
         assert start.origin == origin
         assert start.earlier is not None
-        assert start.remarks[0].startswith(
-            f"this run began at {path}: it goes on from its newest checkpoint, as with --resume auto"
-        )
+        assert start.notes == (f"this run began at {path}: it goes on from its newest checkpoint, as with --resume auto",)
         return start.checkpoint == newest
 
     moved = shutil.copytree(named, tmp_path / "moved")

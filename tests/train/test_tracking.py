@@ -102,6 +102,7 @@ FOREIGN = {
     "too little": '{"step": 1}\n',
     "a list": "[1]\n",
     "a number": "3\n",
+    "nested too deep": 100_000 * "[" + "\n",
     "no step": written(step=None),
     "part of a step": written(step=1.5),
     "a loss in words": written(loss="2.5"),

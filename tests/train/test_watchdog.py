@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from longtrain.data.loader import Loader, held_out
 from longtrain.evaluate.held_out import held_out_loss
@@ -152,6 +153,32 @@ def test_the_first_step_has_no_longer_than_a_collective(tmp_path: Path) -> None:
         assert [process.exitcode for process in ranks.processes] == [STUCK, STUCK]
         assert time.monotonic() - begin < 30
     assert len(list((tmp_path / "run" / STACKS).iterdir())) == 2
+
+
+def _long_patience(ctx: ParallelContext, folder: str) -> None:
+    """All are stuck. Rank 0 notices at once; the other one has as much time as by default, and counts every three minutes."""
+    mine: Any = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ctx.is_main else None
+    port = int(ctx.all_gather_text(str(mine.port if mine else ""))[0])
+    store = mine or dist.TCPStore("127.0.0.1", port)
+    default = replace(ctx, timeout=ParallelContext.timeout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+        with Watchdog(default, Path(folder), 0.5 if ctx.is_main else 1800.0) as watchdog:
+            for step in (1, 2):
+                watchdog.beat(step, "data")
+            time.sleep(3600)
+
+
+def test_the_stacks_of_all_are_there_when_the_first_rank_leaves(tmp_path: Path) -> None:
+    """torchrun then kills the others."""
+    with start_ranks(_long_patience, 2, str(tmp_path / "run")) as ranks:
+        ready = wait([process.sentinel for process in ranks.processes], 60)
+        ranks.kill(range(2))
+        assert ready
+    first, second = sorted((tmp_path / "run" / STACKS).iterdir())
+    assert first.read_text().startswith("rank 0: stuck at step 2, data: no sign of life from any rank for ")
+    assert second.read_text().startswith("rank 1: stuck at step 2, data: another rank found all stuck\n")
+    assert "in _long_patience" in second.read_text()
 
 
 def _stuck(ctx: ParallelContext, folder: str, what: str) -> None:
