@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.plan_cases import LLAMA, folder
 from tests.user import command
 
 BATCH = ("--set", "training.batch_size=24", "--set", "device=cuda")
@@ -57,6 +59,10 @@ def test_rings_over_machines_are_told() -> None:
             "--set parallel.cp=4: parallel.cp 4 does not divide the 6 ranks of each host",
         ),
         (("--ranks", "24", "--ranks-per-host", "0"), "--ranks-per-host"),
+        (
+            ("--ranks", "1", "--set", "parallel.dp=4"),
+            "--set parallel.dp=4: dp 4 needs a multiple of 4 ranks, there is 1; start torchrun",
+        ),
     ],
 )
 def test_refusals_are_those_of_training(words: tuple[str, ...], message: str) -> None:
@@ -86,3 +92,17 @@ def test_what_a_plan_says_of_weights_that_are_not_there(tmp_path: Path, monkeypa
     said = command("plan", "llama-7b-128k").text
     assert said.startswith("error: ")
     assert "recipes/llama-7b-128k.yaml:8: model.init: weights/llama-2-7b/config.json: model_type" in said
+
+
+def test_what_contradicts_weights_is_told_where_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder(Path("w"), replace(LLAMA, vocab_size=320))
+    Path("mine.yaml").write_text("extends: llama-1b-32k\nname: mine\nmodel:\n  init: w\n  norm_eps: 1e-2\n")
+    said = command("plan", "mine.yaml").text
+    assert said.startswith(
+        "error: mine.yaml:5: model.norm_eps: the recipe is not that of the weights in w:\n  model.norm_eps: 0.01 in"
+    )
+    said = command("plan", "mine.yaml", "--set", "model.norm_eps=1e-6", "--set", "model.vocab_size=100").text
+    assert said.startswith(
+        "error: --set model.vocab_size=100: the recipe is not that of the weights in w:\n  model.vocab_size: 100 in"
+    )

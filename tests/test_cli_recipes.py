@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from longtrain.models.config import ModelConfig
 from longtrain.recipe.explain import FIELDS, dotted, is_section
 from longtrain.recipe.load import builtin_recipes, dump_recipe, load_recipe
+from tests.plan_cases import LLAMA, folder
 from tests.recipe.bad_paths import MISSING
 from tests.recipe.bad_recipes import BAD_RECIPES, BASE
 from tests.recipe.bad_together import SOUND
@@ -28,7 +31,21 @@ def test_show_prints_a_recipe_in_itself(name: str, tmp_path: Path, monkeypatch: 
     assert said.code == 0
     Path("mine.yaml").write_text(said.text)
     assert load_recipe("mine.yaml") == load_recipe(name, ["seed=5"])
-    assert all(f"{path[-1]}:" in said.text for path in FIELDS)
+    begun = load_recipe(name).model.init is not None
+    assert all(f"{path[-1]}:" in said.text for path in FIELDS if not (begun and path[0] == "model"))
+
+
+@pytest.mark.parametrize("weights", [LLAMA, replace(LLAMA, family="qwen2", tied_embeddings=True)], ids=["llama", "qwen2"])
+def test_what_show_prints_goes_with_the_weights(weights: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defaults that nobody chose would contradict them."""
+    monkeypatch.chdir(tmp_path)
+    folder(Path("w"), weights)
+    Path("mine.yaml").write_text("extends: llama-1b-32k\nname: mine\nmodel: {init: w, window: null}\n")
+    said = command("recipes", "show", "mine.yaml", "--set", "model.rope_scaling.kind=none")
+    Path("again.yaml").write_text(said.text)
+    assert "\nmodel:\n  init: w\n  rope_theta: 500000.0\n  window: null\n  rope_scaling:\n    kind: none\ndata:\n" in said.text
+    planned = command("plan", "again.yaml")
+    assert (planned.code, planned.text) == (0, command("plan", "mine.yaml").text)
 
 
 def test_check_reads_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

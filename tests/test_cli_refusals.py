@@ -78,7 +78,7 @@ TRAIN_REFUSALS = {
     ),
     "weights in a home": Refusal(("model.init=~/w: write the path out",), set_("model.init=~/w")),
     "cp auto that fits no ranks": Refusal(
-        ("parallel.cp=auto: auto finds none for 1 ranks", "parallel.ulysses 2"), set_("parallel.cp=auto", "parallel.ulysses=2")
+        ("parallel.cp=auto: auto finds none for 1 rank:", "parallel.ulysses 2"), set_("parallel.cp=auto", "parallel.ulysses=2")
     ),
     "dropout where heads are shared out": Refusal(
         ("--set model.attention_dropout=0.1: parallel.ulysses 2 shares heads out",),

@@ -240,6 +240,15 @@ def test_every_question_has_an_answer_here(here: dict[str, Answer]) -> None:
     assert any("hours old" in finding.text for finding in findings)
 
 
+def test_a_file_is_no_place_for_runs(tmp_path: Path) -> None:
+    file = tmp_path / "docs.jsonl"
+    file.touch()
+    for folder in (file, file / "runs"):
+        facts = probes.disk(folder)
+        assert (facts["folder"], facts["refused"]) == (str(file), "it is a file, not a folder")
+    assert probes.disk(tmp_path / "not" / "there")["folder"] == str(tmp_path)
+
+
 def test_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     answers = {name: Answer(facts) for name, facts in LAPTOP.items()}
     monkeypatch.setattr("longtrain.doctor.report.ask", lambda folder: answers)

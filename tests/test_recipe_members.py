@@ -108,6 +108,6 @@ def test_builtin_recipe(name: str) -> None:
     assert parse_recipe(dump_recipe(recipe), name) == recipe
     devices = ("cpu", "cuda") if recipe.device == "auto" else (recipe.device.value,)
     for device in devices:
-        plan = make_plan(recipe, recipe.smallest_world, device)
+        plan = make_plan(recipe, recipe.meant_world, device)
         assert plan.parameters > 0
         assert json.dumps(plan.deepspeed)

@@ -17,7 +17,7 @@ SetOption = Annotated[
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder, or one checkpoint's.")]
 RanksOption = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Number of ranks to plan for; by default the fewest that the recipe can have."),
+    typer.Option(min=1, metavar="N", help="Number of ranks to plan for; by default those that the recipe is sized for."),
 ]
 RanksPerHostOption = Annotated[
     int | None,

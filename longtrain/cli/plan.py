@@ -29,8 +29,9 @@ def plan(
 
 
 def say_plan(recipe: Recipe, ranks: int | None, ranks_per_host: int | None, host_memory: float | None) -> None:
-    """ranks, ranks_per_host: None for those of torchrun, or else the fewest, on hosts of USUAL_HOST or all on one. host_memory: of
-    each machine, in GiB; None for this one's. Raises what training would: PlanError, KernelError, LaunchError."""
+    """ranks, ranks_per_host: None for those of torchrun, or else those that the recipe is sized for, on hosts of USUAL_HOST or all
+    on one. host_memory: of each machine, in GiB; None for this one's. Raises what training would: PlanError, KernelError,
+    LaunchError."""
     import torch
 
     from longtrain.parallel.launch import Launch, check_rings
@@ -41,7 +42,7 @@ def say_plan(recipe: Recipe, ranks: int | None, ranks_per_host: int | None, host
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = here if recipe.device is Device.AUTO else recipe.device.value
     started = launch.torchrun and ranks is None
-    world = launch.world if started else ranks or recipe.smallest_world
+    world = launch.world if started else ranks or recipe.meant_world
     host = ranks_per_host or (launch.local_world if started else USUAL_HOST if world % USUAL_HOST == 0 else world)
     if world % host:
         raise PlanError(f"--ranks-per-host {host}: {world} ranks do not fill machines of {host}; give a divisor of {world}")

@@ -116,7 +116,9 @@ def find_corpus(
     DataError where the folder is missing or holds no text, and where names leave a split without a document.
     """
     if not source.is_dir():
-        problem = "is a file; give the folder that holds it" if source.exists() else "no such file or folder"
+        known = ", ".join((*CONTAINERS, ".json"))
+        a_file = f"is a file that does not end in {known}, as files of records do; rename it if it is one, or give its folder"
+        problem = a_file if source.exists() else "no such file or folder"
         raise DataError(f"--source {source}: {problem}")
     skipped = Skipped()
     wanted = _name_filter(globs)

@@ -148,10 +148,16 @@ def check_tokenizer(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def check_model_vocab(manifest: Manifest, vocab_size: int) -> None:
-    """DataError where the shards may hold token ids that a model with `vocab_size` embeddings lacks."""
+def check_model_vocab(manifest: Manifest, vocab_size: int, init: str | None = None) -> None:
+    """DataError where the shards may hold token ids that a model with `vocab_size` embeddings lacks. init: the weights that decide
+    their number."""
     needed = manifest.tokenizer.vocab_size
     if needed > vocab_size:
+        if init is not None:
+            raise DataError(
+                f"model.init {init} has {vocab_size} tokens, but the data was written with a tokenizer of {needed}: prepare it "
+                "again, to another folder, with the tokenizer of that model (scripts/prepare_data.py --tokenizer)"
+            )
         raise DataError(
             f"model.vocab_size is {vocab_size}, but the data was written with a tokenizer of {needed} tokens: "
             f"set model.vocab_size to {needed} or more"

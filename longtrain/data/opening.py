@@ -36,7 +36,7 @@ def open_split(recipe: Recipe, split: str, vocab_size: int | None = None) -> Spl
     splits = [PackedSplit(folder, split, length, data.long_documents) for folder in data.folders]
     for one in splits:
         if vocab_size is not None:
-            check_model_vocab(one.manifest, vocab_size)
+            check_model_vocab(one.manifest, vocab_size, recipe.model.init)
     return splits[0] if len(splits) == 1 else Mixture(splits, list(data.folders.values()))
 
 

@@ -74,12 +74,14 @@ def packages(folder: Path) -> Facts:
 
 
 def disk(folder: Path) -> Facts:
-    """Where runs are written: the folder, or the nearest one above it that exists."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    """Where runs are written: the folder, or the nearest one above it that exists, and may be a file."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     usage = os.statvfs(place)
     try:
         with tempfile.TemporaryFile(dir=place):
             refused = None
+    except NotADirectoryError:
+        refused = "it is a file, not a folder"
     except OSError as error:
         refused = error.strerror
     return {

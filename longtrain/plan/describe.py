@@ -12,7 +12,7 @@ from longtrain.models.activations import Activations, held_bytes
 from longtrain.models.families import family_of
 from longtrain.models.flops import training_flops
 from longtrain.plan.host import available_memory, describe_checkpoint
-from longtrain.plan.model import unseen_positions
+from longtrain.plan.model import replaced, unseen_positions
 from longtrain.plan.plan import Plan
 from longtrain.plan.ranks import crowded
 from longtrain.recipe.guards import GuardsSection, SkipAction, SpikeAction
@@ -158,7 +158,8 @@ def _slow(plan: Plan) -> bool:
 
 
 def doubts(plan: Plan) -> Iterator[str]:
-    """What speaks against beginning with the weights of model.init. Raises DataError where the data is of no use to them."""
+    """What to know before beginning with the weights of model.init. Raises DataError where the data is of no use to them."""
+    yield from replaced(plan.recipe)
     for look in (unseen_positions, compare_tokenizers):
         if (remark := look(plan.recipe)) is not None:
             yield remark

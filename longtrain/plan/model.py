@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from longtrain.models.rope import kind_of, make_scaling
 from longtrain.recipe.model import FIXED, ModelSection, RopeKind, RopeScalingSection
 from longtrain.recipe.presets import PRESETS, how_to_get
 from longtrain.recipe.schema import Recipe
-from longtrain.recipe.section import as_written
+from longtrain.recipe.section import CONFLICT, as_written
 
 FREE = ("rope_theta", "window", "init_std", "rope_scaling")
 """What a recipe may replace of what config.json says: that is how a context is extended."""
@@ -58,10 +58,21 @@ def resolve(recipe: Recipe) -> Recipe:
     try:
         completed = ModelSection(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in ("model", *first["loc"]))
-        raise CheckpointError(f"model.init: {folder / CONFIG}: no recipe can say this: {field}: {first['msg']}") from None
+        raise _refusal(error, given, folder / CONFIG) from None
     return recipe.model_copy(update={"model": completed})
+
+
+def _refusal(error: ValidationError, given: Mapping[str, Any], config: Path) -> PlanError | CheckpointError:
+    """What is wrong with the completed shape, laid to the recipe where that says the field."""
+    first = error.errors()[0]
+    path, message = [str(part) for part in first["loc"]], first["msg"]
+    if first["type"] == CONFLICT:
+        conflict = first.get("ctx", {})["conflicts"][0]
+        path, message = [*path, conflict.field], conflict.message
+    field = ".".join(["model", *path])
+    if path[0].partition(".")[0] in given:
+        return PlanError(f"{field}: {config}: {message}")
+    return CheckpointError(f"model.init: {config}: no recipe can say this: {field}: {message}")
 
 
 def _compare(model: ModelSection, given: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
@@ -78,10 +89,12 @@ def _compare(model: ModelSection, given: Mapping[str, Any], stored: Mapping[str,
         f"{as_written(stored[name])} in {CONFIG}"
         for name in differing
     ]
-    advice = [] if len(of_preset) == len(differing) else ["delete these from the recipe, or from the one that it extends"]
+    said = [name for name in differing if name in given]
+    advice = ["delete what the recipe, the one that it extends or --set says of these"] if said else []
     advice += [f"{model.preset} is another model: set model.preset to that of the weights, or to null"] if of_preset else []
-    refused = f"model.init: the recipe is not that of the weights in {model.init}:"
-    raise PlanError("\n".join([refused, *lines, *advice]))
+    # told where the first of them stands
+    blamed = f"model.{said[0]}" if said else "model.init"
+    raise PlanError("\n".join([f"{blamed}: the recipe is not that of the weights in {model.init}:", *lines, *advice]))
 
 
 def _numbers(scaling: RopeScalingSection, kind: str) -> dict[str, Any]:
@@ -104,6 +117,26 @@ def check_init(recipe: Recipe) -> None:
 def _absent(model: ModelSection) -> str:
     assert model.init is not None
     return f"model.init: there is no folder {model.init} (relative to {Path.cwd()}); {how_to_get(model.preset, model.init)}"
+
+
+def replaced(recipe: Recipe) -> Iterator[str]:
+    """What the recipe says in the place of the config.json of `model.init`, where that is there. recipe: resolved."""
+    config = Path(recipe.model.init or "") / CONFIG
+    if recipe.model.init is None or not config.is_file():
+        return
+    used, stored = _free_values(model_config(recipe)), _free_values(read_config(config.parent))
+    for name in used:
+        # of another kind of scaling the kind alone is told, and the numbers that both have
+        if name in stored and used[name] != stored[name]:
+            said, theirs = as_written(used[name]), as_written(stored[name])
+            yield f"model.{name}: {said} in the recipe, {theirs} in {config}: the recipe's is used"
+
+
+def _free_values(config: ModelConfig) -> dict[str, Any]:
+    """What a recipe may replace, by its path below `model`."""
+    values = _section_values(config)
+    scaling = {f"rope_scaling.{name}": value for name, value in values["rope_scaling"].items()}
+    return {name: values[name] for name in FREE if name != "rope_scaling"} | scaling
 
 
 def unseen_positions(recipe: Recipe) -> str | None:

@@ -52,11 +52,7 @@ def _fewest(recipe: Recipe, world: int, host: int) -> int:
         and training.batch_size % (world // cp * training.micro_batch_size) == 0
     ]
     if not found:
-        raise PlanError(
-            f"parallel.cp: auto finds none for {world} ranks: it must divide them{_more(recipe)}, and the dp that it leaves times "
-            f"training.micro_batch_size {training.micro_batch_size} must divide training.batch_size {training.batch_size}; change "
-            "the number of ranks or one of these"
-        )
+        raise PlanError(_no_cp(recipe, world))
     wide = _held(recipe) > parallel.tokens_per_rank * host or parallel.dp != "auto" or host % parallel.ulysses != 0
     usable = [cp for cp in found if host % cp == 0 or (wide and cp % host == 0)]
     if not usable:
@@ -64,12 +60,39 @@ def _fewest(recipe: Recipe, world: int, host: int) -> int:
     return next((cp for cp in usable if _held(recipe) <= parallel.tokens_per_rank * cp), usable[-1])
 
 
+def _no_cp(recipe: Recipe, world: int) -> str:
+    """Why `cp: auto` has nothing to stand for, and what to do."""
+    parallel, training = recipe.parallel, recipe.training
+    if parallel.dp != "auto":
+        least = parallel.dp * parallel.ulysses
+        sharing = f" x parallel.ulysses {parallel.ulysses}" if parallel.ulysses > 1 else ""
+        wanted, enough = f"a multiple of {_ranks(least)}", -(-world // least) * least
+        if training.activations is Activations.MINIMAL:
+            wanted, enough = f"{_ranks(least)} with training.activations minimal", least
+        return (
+            f"parallel.dp: dp {parallel.dp}{sharing} needs {wanted}, there {'is' if world == 1 else 'are'} {world}; start torchrun "
+            f"--nproc-per-node {enough}, or set parallel.dp to auto"
+        )
+    return (
+        f"parallel.cp: auto finds none for {_ranks(world)}: it must divide them{_more(recipe)}, and the dp that it leaves times "
+        f"training.micro_batch_size {training.micro_batch_size} must divide training.batch_size {training.batch_size}; change "
+        "the number of ranks or one of these"
+    )
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number != 1 else ''}"
+
+
 def _over_the_network(recipe: Recipe, world: int, host: int) -> str:
     """Why rings would reach over hosts of `host` ranks without need, and what to do."""
     parallel, training = recipe.parallel, recipe.training
-    refused = f"parallel.cp: auto finds none for {world} ranks that keeps rings inside hosts of {host}"
     if parallel.dp != "auto":
-        return f"{refused}: parallel.dp {parallel.dp} leaves {world // parallel.dp}; set parallel.dp to auto, or parallel.cp itself"
+        return (
+            f"parallel.dp: dp {parallel.dp} leaves rings of {world // parallel.dp} ranks, which do not stay inside hosts of "
+            f"{host}; set parallel.dp to auto, or parallel.cp itself"
+        )
+    refused = f"parallel.cp: auto finds none for {_ranks(world)} that keeps rings inside hosts of {host}"
     inside = [cp for cp in range(parallel.ulysses, host + 1, parallel.ulysses) if host % cp == 0]
     cp = next((cp for cp in inside if _held(recipe) <= parallel.tokens_per_rank * cp), host)
     share = world // cp * training.micro_batch_size
@@ -85,7 +108,6 @@ def _more(recipe: Recipe) -> str:
     parallel = recipe.parallel
     terms = [
         f"be a multiple of parallel.ulysses {parallel.ulysses}" if parallel.ulysses > 1 else "",
-        f"leave parallel.dp {parallel.dp}" if parallel.dp != "auto" else "",
         "be 1 with training.activations minimal" if recipe.training.activations is Activations.MINIMAL else "",
     ]
     return "".join(f", {term}" for term in terms if term)

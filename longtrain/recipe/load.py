@@ -233,7 +233,7 @@ def _of_another_model(below: dict[str, Any], above: dict[str, Any]) -> Iterator[
 def dump_recipe(recipe: Recipe) -> str:
     """The whole recipe, defaults included, as YAML that `load_recipe` reads back to an equal recipe; the same text for two files
     that say the same, so that its digest stands for the recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=tree.StrictDumper, sort_keys=False, allow_unicode=True, width=2**20)
+    return tree.dump(recipe.model_dump(mode="json"))
 
 
 def _find(name_or_path: str | Path) -> Path:

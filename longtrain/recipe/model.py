@@ -41,6 +41,9 @@ Preset = Annotated[str, AfterValidator(_preset)]
 MOST_LAYERS, MOST_FEATURES = 10_000, 65_536
 """Tables are made of these many lines, so that a number which is nonsense must not be tried."""
 
+ROPE_THETA = 10000.0
+"""Base of the rotary wavelengths where nothing says another: Su et al. 2021."""
+
 Positive = Annotated[float, Field(gt=0)]
 Factors = Annotated[tuple[Positive, ...], Field(strict=False)]
 
@@ -119,7 +122,7 @@ class RopeScalingSection(Section):
             if name in needed and not given:
                 yield Conflict(name, f"kind {self.kind} needs {name}; add it")
             if name != "kind" and given and name not in needed | optional:
-                yield Conflict(name, f"kind {self.kind} has no {name}; delete it, or change kind")
+                yield Conflict(name, f"kind {self.kind} has no {name}; delete it or set it to null, or change kind")
         if (self.mscale is None) != (self.mscale_all_dim is None):
             yield Conflict("mscale", "mscale and mscale_all_dim go together; set both or neither")
         low, high = self.low_freq_factor or 1.0, self.high_freq_factor or 4.0
@@ -179,7 +182,7 @@ class ModelSection(Section):
         description="Longest sequence that the weights of init know, in tokens; null: training.sequence_length. A longer "
         "training.sequence_length takes its place in what is exported.",
     )
-    rope_theta: float = Field(default=10000.0, gt=0, description="Base of the rotary wavelengths.")
+    rope_theta: float = Field(default=ROPE_THETA, gt=0, description="Base of the rotary wavelengths.")
     norm_eps: float = Field(
         default=1e-5, gt=0, description="Added to the mean square inside RMSNorm, or the variance in LayerNorm."
     )
@@ -291,10 +294,12 @@ class ModelSection(Section):
         if self.head_dim is not None and self.heads is not None and self.head_dim * self.heads != self.hidden_size:
             yield Conflict("head_dim", "a head of family opt has hidden_size / heads features; delete it")
         if self.window is not None:
-            yield Conflict("window", "family opt sees all earlier tokens; delete it")
+            yield Conflict("window", "family opt sees all earlier tokens; delete it, or set it to null")
         if self.norm_eps != 1e-5:
             yield Conflict("norm_eps", "the norms of family opt add 1e-5; delete it")
-        if self.rope_theta != 10000.0:
-            yield Conflict("rope_theta", "family opt has learned positions; delete it")
+        if self.rope_theta != ROPE_THETA:
+            yield Conflict("rope_theta", f"family opt has learned positions; delete it, or set it to {ROPE_THETA}")
         if self.rope_scaling.kind is not RopeKind.NONE:
-            yield Conflict("rope_scaling.kind", "family opt has learned positions; delete it, or use positions.extend")
+            yield Conflict(
+                "rope_scaling.kind", "family opt has learned positions; delete it or set it to none, or use positions.extend"
+            )

@@ -210,7 +210,9 @@ class ScheduleSection(Section):
         if self.kind is ScheduleKind.WSD and self.decay_steps is None:
             yield Conflict("decay_steps", "kind wsd needs decay_steps: the number of steps of the final decay")
         if self.kind is not ScheduleKind.WSD and self.decay_steps is not None:
-            yield Conflict("decay_steps", f"only kind wsd has decay_steps; delete it, or change kind {self.kind} to wsd")
+            yield Conflict(
+                "decay_steps", f"only kind wsd has decay_steps; delete it or set it to null, or change kind {self.kind} to wsd"
+            )
 
 
 class SaveFailure(StrEnum):
@@ -295,8 +297,9 @@ class Recipe(Section):
         return f"runs/{self.name}" if self.output is None else self.output
 
     @property
-    def smallest_world(self) -> int:
-        """The fewest ranks that the recipe runs on; where cp is auto, the fewest that keep to tokens_per_rank, if any do."""
+    def meant_world(self) -> int:
+        """The number of ranks that the recipe is sized for: the fewest of its dp and cp, which where cp is auto are the fewest that
+        keep to tokens_per_rank, if any do; it then runs on fewer too."""
         parallel, training = self.parallel, self.training
         dp = 1 if parallel.dp == "auto" else parallel.dp
         if parallel.cp != "auto":

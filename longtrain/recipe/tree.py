@@ -131,6 +131,11 @@ def parse(text: str, *, whole_value: bool = False) -> Tree:
     return tree
 
 
+def dump(values: Mapping[str, Any]) -> str:
+    """YAML that `parse` reads back to the same values, in their order."""
+    return yaml.dump(values, Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=2**20)
+
+
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`below` with the leaves of `above` in it."""
     merged = dict(below)

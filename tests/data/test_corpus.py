@@ -118,7 +118,7 @@ def test_folders_without_text(tmp_path: Path) -> None:
         find_corpus(tmp_path)
     with pytest.raises(DataError, match=r"looked for --glob \*\.xyz"):
         find_corpus(tmp_path, globs=["*.xyz"])
-    with pytest.raises(DataError, match="is a file; give the folder"):
+    with pytest.raises(DataError, match=r"is a file that does not end in .*, or give its folder"):
         find_corpus(tmp_path / "a.json")
 
 

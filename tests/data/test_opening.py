@@ -68,6 +68,12 @@ def test_a_mixture(desk: Path, mode: LongDocuments) -> None:
         open_split(chosen, "train", 999)
 
 
+def test_weights_decide_the_vocabulary(desk: Path) -> None:
+    begun = parse_recipe(re.sub("model: .*", "model: {init: weights}", RECIPE).replace("DATA", "{path: a}"), "recipe.yaml")
+    with pytest.raises(DataError, match=r"^model\.init weights has 999 tokens, .*: prepare it .* the tokenizer of that model"):
+        open_split(begun, "train", 999)
+
+
 @pytest.mark.parametrize(
     ("data", "command"),
     [

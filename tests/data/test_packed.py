@@ -262,6 +262,10 @@ def test_the_tokenizer_must_be_the_one_that_wrote_the_shards(folder: Path) -> No
 def test_model_vocabulary(folder: Path) -> None:
     manifest = read_manifest(folder)
     check_model_vocab(manifest, 1000)
+    with pytest.raises(
+        DataError, match=r"^model\.init w has 999 tokens, .* a tokenizer of 1000: prepare it again, .* --tokenizer\)$"
+    ):
+        check_model_vocab(manifest, 999, "w")
     with pytest.raises(DataError, match=r"model\.vocab_size to 1000"):
         check_model_vocab(manifest, 999)
 

@@ -255,7 +255,11 @@ REFUSALS: dict[str, tuple[str, bytes, str]] = {
     "a column of lists": ("a.parquet", parquet(text=[["a"]] * 9), r"the column 'text' holds list"),
     "a null": ("a.parquet", parquet(text=[*TEXTS, None]), r"a\.parquet: row 204: the text is null"),
     "no rows": ("a.parquet", parquet(text=pa.array([], pa.string())), "there was nothing to read"),
-    "a text file": ("a.txt", GOOD, r"--source .*a\.txt: is a file; give the folder that holds it"),
+    "a text file": (
+        "a.txt",
+        GOOD,
+        r"--source .*a\.txt: is a file that does not end in \.jsonl, .*\.parquet, \.json, as .*; rename it if it is one, or give",
+    ),
 }
 
 

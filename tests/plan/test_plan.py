@@ -198,7 +198,7 @@ def test_sums_in_low_precision_are_warned_of(overrides: list[str], warned: bool)
 def test_builtin_recipes_plan_without_warning() -> None:
     for name in builtin_recipes():
         recipe = load_recipe(name)
-        assert "warning" not in words(make_plan(recipe, recipe.smallest_world, "cpu")), name
+        assert "warning" not in words(make_plan(recipe, recipe.meant_world, "cpu")), name
 
 
 @pytest.mark.parametrize(

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from longtrain.errors import CheckpointError, PlanError
 from longtrain.kernels.layers import FUSABLE
 from longtrain.models.config import ModelConfig
-from longtrain.models.config_json import config_json
 from longtrain.models.families import FAMILIES, parameter_count
 from longtrain.models.pretrained import open_pretrained
 from longtrain.models.rope import Dynamic, Linear, Llama3, Yarn
 from longtrain.plan import make_plan, plan
-from longtrain.plan.describe import describe
+from longtrain.plan.describe import describe, doubts
 from longtrain.plan.model import FIXED, FREE, check_init, model_config, resolve, unseen_positions
 from longtrain.recipe.load import dump_recipe, parse_recipe
 from longtrain.recipe.model import OWN
 from longtrain.recipe.presets import PRESETS
 from longtrain.recipe.schema import Recipe
+from tests.plan_cases import LLAMA, folder
 
 TEXT = """
 name: small
@@ -34,20 +34,11 @@ data: {path: data}
 training: {sequence_length: 64, steps: 10, batch_size: 12, precision: fp32, activations: none}
 optimizer: {lr: 0.01}
 """
-LLAMA = ModelConfig("llama", 50, 24, 2, 4, 2, 6, 40, 64, rope_theta=500.0, norm_eps=1e-6, window=9, init_std=0.1)
 OPT = ModelConfig("opt", 50, 24, 2, 4, 4, 6, 40, 32, tied_embeddings=True)
 
 
 def recipe(*overrides: str) -> Recipe:
     return parse_recipe(TEXT, "small", overrides)
-
-
-def folder(path: Path, config: ModelConfig) -> Path:
-    import torch
-
-    path.mkdir(exist_ok=True)
-    (path / "config.json").write_text(json.dumps(config_json(config, torch.float32, 1, 2)))
-    return path
 
 
 PUBLISHED = {
@@ -149,13 +140,30 @@ class TestInit:
             "  model.kv_heads: 4 in the recipe, 2 in config.json",
             "  model.norm_eps: 1e-05 in the recipe, 1e-06 in config.json",
             "  model.tied_embeddings: true in the recipe, false in config.json",
-            "delete these from the recipe, or from the one that it extends",
+            "delete what the recipe, the one that it extends or --set says of these",
         ]
+        assert str(caught.value).startswith("model.layers: the recipe is not that of the weights in ")
+
+    def test_what_the_family_of_the_weights_lacks_is_laid_to_the_recipe(self, tmp_path: Path) -> None:
+        chosen = recipe(f"model.init={folder(tmp_path, OPT)}", "model.rope_theta=5e5", "training.sequence_length=32")
+        with pytest.raises(
+            PlanError, match=r"^model\.rope_theta: .*config\.json: family opt .*; delete it, or set it to 10000\.0$"
+        ):
+            resolve(chosen)
+        resolve(recipe(f"model.init={tmp_path}", "model.rope_theta=10000.0", "model.rope_scaling.kind=none", "model.window=null"))
+
+    def test_a_shape_that_is_none_is_laid_to_the_weights(self, tmp_path: Path) -> None:
+        folder(tmp_path, LLAMA)
+        content = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(content | {"num_key_value_heads": 3}))
+        with pytest.raises(CheckpointError, match=r"^model\.init: .*config\.json"):
+            resolve(recipe(f"model.init={tmp_path}"))
 
     def test_a_preset_of_another_model_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(PlanError) as caught:
             resolve(recipe("model.preset=llama-7b", f"model.init={folder(tmp_path, OPT)}"))
         said = str(caught.value).split("\n")
+        assert said[0].startswith("model.init: ")
         assert said[1] == "  model.family: llama in the preset, opt in config.json"
         assert said[-1] == "llama-7b is another model: set model.preset to that of the weights, or to null"
         assert "delete" not in said[-2]
@@ -237,6 +245,36 @@ class TestInit:
             assert dict(describe(made))["positions"] == f"64 learned, {extend} beyond 32"
 
 
+class TestReplaced:
+    """A plan says what of config.json the recipe replaces."""
+
+    @pytest.mark.parametrize(
+        ("weights", "changes", "told"),
+        [
+            (LLAMA, [], []),
+            (LLAMA, ["rope_theta=500.0", "window=9", "init_std=0.1", "rope_scaling.kind=none"], []),
+            (LLAMA, ["rope_theta=5e5"], ["rope_theta: 500000.0 in the recipe, 500.0"]),
+            (LLAMA, ["window=null", "init_std=0.5"], ["window: null in the recipe, 9", "init_std: 0.5 in the recipe, 0.1"]),
+            (LLAMA, ["rope_scaling.kind=linear", "rope_scaling.factor=2"], ["rope_scaling.kind: linear in the recipe, none"]),
+            (
+                replace(LLAMA, rope_scaling=Llama3(8.0, 32)),
+                ["rope_scaling.kind=llama3", "rope_scaling.factor=16", "rope_scaling.original_length=32"],
+                ["rope_scaling.factor: 16.0 in the recipe, 8.0"],
+            ),
+            (OPT, ["positions.extend=random"], []),
+        ],
+    )
+    def test_field_by_field(self, tmp_path: Path, weights: ModelConfig, changes: list[str], told: list[str]) -> None:
+        made = make_plan(recipe(f"model.init={folder(tmp_path, weights)}", *(f"model.{change}" for change in changes)), 1, "cpu")
+        expected = [f"model.{line} in {tmp_path}/config.json: the recipe's is used" for line in told]
+        assert [text for what, text in describe(made) if what == "warning"] == expected
+        assert list(doubts(made)) == expected, "as the start of a run says it"
+
+    def test_without_the_folder_nobody_can_tell(self, tmp_path: Path) -> None:
+        given = ["model.preset=llama-2-7b", f"model.init={tmp_path / 'absent'}", "model.rope_theta=1e6"]
+        assert not list(doubts(make_plan(recipe(*given), 1, "cpu")))
+
+
 class TestUnseenPositions:
     @pytest.mark.parametrize(
         ("weights", "changes", "length", "told"),
@@ -267,11 +305,12 @@ class TestUnseenPositions:
         changes = [change if change.startswith("model.") else f"model.rope_scaling.{change}" for change in changes]
         chosen = recipe(f"model.init={folder(tmp_path, weights)}", f"training.sequence_length={length}", *changes)
         made = make_plan(chosen, 1, "cpu")
-        warned = [text for what, text in describe(made) if what == "warning"]
-        assert len(warned) == (told is not None)
-        assert told is None or re.search(told, warned[0])
+        warned = unseen_positions(made.recipe)
+        assert (warned is None) == (told is None)
+        assert told is None or re.search(told, str(warned))
+        assert (("warning", warned) in describe(made)) == (told is not None)
         again = make_plan(parse_recipe(dump_recipe(made.recipe), "again"), 1, "cpu")
-        assert [text for what, text in describe(again) if what == "warning"] == warned
+        assert unseen_positions(again.recipe) == warned
 
     def test_a_preset_stands_for_weights_that_are_not_there(self, tmp_path: Path) -> None:
         given = ["model.preset=llama-2-7b", f"model.init={tmp_path / 'absent'}", "training.sequence_length=8192"]

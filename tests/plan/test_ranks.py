@@ -1,4 +1,4 @@
-"""How ranks are shared out: `parallel.cp: auto`, hosts, and the fewest ranks of a recipe."""
+"""How ranks are shared out: `parallel.cp: auto`, hosts, and the ranks that a recipe is sized for."""
 
 from __future__ import annotations
 
@@ -58,7 +58,18 @@ def test_cp_auto_takes_the_fewest_ranks(overrides: list[str], world: int, host: 
     ("overrides", "world", "message"),
     [
         (["parallel.ulysses=2"], 3, "auto finds none for 3 ranks: it must divide them, be a multiple of parallel.ulysses 2, and"),
-        (["parallel.dp=2"], 3, "leave parallel.dp 2"),
+        (["parallel.ulysses=2"], 1, "auto finds none for 1 rank: it must divide them"),
+        (
+            ["parallel.dp=2"],
+            3,
+            "^parallel.dp: dp 2 needs a multiple of 2 ranks, there are 3; start torchrun --nproc-per-node 4, or",
+        ),
+        (["parallel.dp=2", "parallel.ulysses=2"], 1, "dp 2 x parallel.ulysses 2 needs a multiple of 4 ranks, there is 1; start"),
+        (
+            ["parallel.dp=2", "training.activations=minimal"],
+            4,
+            "needs 2 ranks with training.activations minimal, there are 4; start",
+        ),
         (["training.activations=minimal"], 5, "be 1 with training.activations minimal"),
     ],
 )
@@ -88,7 +99,7 @@ def test_rings_reach_over_hosts_only_where_they_must(overrides: list[str], token
         for hosts in (1, 2, 3, 4):
             cp = chosen_or_advice(recipe, host * hosts, host)
             if isinstance(cp, str):
-                assert re.search(r"set training.batch_size|set parallel.dp|auto finds none for \d+ ranks: it must", cp)
+                assert re.search(r"set training.batch_size|set parallel.dp|auto finds none for \d+ ranks?: it must", cp)
                 continue
             launch = Launch(rank=0, world=host * hosts, local_rank=0, local_world=host, torchrun=True)
             over = bool(check_rings(launch, cp))  # raises where it would refuse to start
@@ -115,28 +126,28 @@ def test_batches_that_would_force_rings_over_hosts_are_refused(
 
 
 def test_a_dp_that_would_force_rings_over_hosts_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"inside hosts of 4: parallel.dp 2 leaves 6; set parallel.dp to auto"):
+    with pytest.raises(PlanError, match=r"^parallel.dp: dp 2 leaves rings of 6 ranks, which do not stay inside hosts of 4; set"):
         make_plan(small("parallel.cp=auto", "parallel.dp=2"), 12, "cpu", 4)
     assert make_plan(small("parallel.cp=auto", "parallel.dp=3"), 12, "cpu", 4).cp == 4
     assert make_plan(small("parallel.cp=auto", "parallel.dp=1"), 12, "cpu", 4).cp == 12
 
 
-def test_smallest_world() -> None:
-    assert small().smallest_world == 1
-    assert small("parallel.cp=3").smallest_world == 3
-    assert small("parallel.dp=4", "parallel.cp=3").smallest_world == 12
-    assert small("parallel.cp=auto").smallest_world == 1
-    assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.dp=2").smallest_world == 8
-    assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.ulysses=4").smallest_world == 4
-    assert small("parallel.cp=auto", "parallel.tokens_per_rank=12", "parallel.ulysses=4").smallest_world == 8
+def test_the_ranks_that_a_recipe_is_sized_for() -> None:
+    assert small().meant_world == 1
+    assert small("parallel.cp=3").meant_world == 3
+    assert small("parallel.dp=4", "parallel.cp=3").meant_world == 12
+    assert small("parallel.cp=auto").meant_world == 1
+    assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.dp=2").meant_world == 8
+    assert small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.ulysses=4").meant_world == 4
+    assert small("parallel.cp=auto", "parallel.tokens_per_rank=12", "parallel.ulysses=4").meant_world == 8
     minimal = small("parallel.cp=auto", "parallel.tokens_per_rank=20", "parallel.dp=2", "training.activations=minimal")
-    assert minimal.smallest_world == 2
+    assert minimal.meant_world == 2
     made = make_plan(minimal, 2, "cpu")
     assert made.cp == 1
     assert words(made)["warning"].endswith("training.activations minimal allows no ring")
     for name in builtin_recipes():
         recipe = load_recipe(name)
-        make_plan(recipe, recipe.smallest_world, "cpu")
+        make_plan(recipe, recipe.meant_world, "cpu")
 
 
 def test_which_heads_ranks_can_share_is_the_same_for_recipes_and_attention() -> None:

@@ -257,7 +257,7 @@ CONFLICTS = [
     (
         "kind: cosine",
         "kind: linear\n  decay_steps: 9",
-        "25: schedule.decay_steps: only kind wsd has decay_steps; delete it, or change kind linear to wsd",
+        "25: schedule.decay_steps: only kind wsd has decay_steps; delete it or set it to null, or change kind linear to wsd",
     ),
     (
         "kind: cosine\n  warmup_steps: 10",
@@ -298,12 +298,12 @@ MODELS = [
     (
         "layers: 2",
         "layers: 2\n  rope_scaling: {factor: 4}",
-        "8: model.rope_scaling.factor: kind none has no factor; delete it, or change kind",
+        "8: model.rope_scaling.factor: kind none has no factor; delete it or set it to null, or change kind",
     ),
     (
         "layers: 2",
         "layers: 2\n  rope_scaling:\n    kind: linear\n    factor: 4\n    beta_fast: 1",
-        "11: model.rope_scaling.beta_fast: kind linear has no beta_fast; delete it, or change kind",
+        "11: model.rope_scaling.beta_fast: kind linear has no beta_fast; delete it or set it to null, or change kind",
     ),
     (
         "layers: 2",

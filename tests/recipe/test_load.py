@@ -222,7 +222,7 @@ def test_override_mends_what_the_file_lacks(write) -> None:
         ("optimizer.betas=[0.9, 1]", "must be less than 1, found the whole number 1"),
         ("optimizer.betas=0.9", "expected a list of 2 numbers, found the number 0.9"),
         ("model.heads=5", "5 heads do not divide hidden_size 32; change one of them, or set head_dim"),
-        ("schedule.decay_steps=5", "only kind wsd has decay_steps; delete it, or change kind cosine to wsd"),
+        ("schedule.decay_steps=5", "only kind wsd has decay_steps; delete it or set it to null, or change kind cosine to wsd"),
         ("training.batch_size=7", "7 is not a multiple of micro_batch_size 2; change one of them"),
     ],
 )
