@@ -208,7 +208,7 @@ def test_an_error_of_the_main_rank_ends_all(tmp_path: Path) -> None:
     common = [f"data.path={tmp_path / 'data'}", "checkpoint.every=1", "checkpoint.keep=9", f"output={tmp_path / 'run'}"]
     common += ["training.max_skipped=2", "guards.on_max_skipped=roll_back"]
     refused = run_ranks(_broken_reports, 2, common, timeout=60)
-    assert refused == ["CheckpointError: rank 0: OSError: [Errno 28] No space left on device"] * 2
+    assert refused == ["RankFailedError: rank 0: OSError: [Errno 28] No space left on device"] * 2
 
 
 def _phases(ctx: ParallelContext, overrides: Sequence[str]) -> list[tuple[int, str]]:
