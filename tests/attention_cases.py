@@ -143,7 +143,7 @@ def delta_noise(exact: Tensors, out: Tensor, dtype: torch.dtype) -> dict[str, fl
 
 
 def _bound(drawn: Tensor) -> float:
-    """Of noise, from 16 draws: the largest of four where there are many numbers. Of few, alone or among zeros, four draws may all be
+    """Of noise, from 16 draws: the largest of four where numbers are many. Of few, alone or among zeros, four draws may all be
     small: then 4 spreads, of rounding p as well, which moves out as much as rounding that does."""
 
     def spread(x: Tensor) -> float:
