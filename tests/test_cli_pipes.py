@@ -227,3 +227,14 @@ def test_what_a_disk_that_stays_full_has_lost_is_told(disk: Path) -> None:
     told = f"the reports of steps {len(steps) + 1} to 24 are lost"
     assert lost == f"ERROR: disk/run/metrics.jsonl: No space left on device: {told}"
     verify(disk / "run" / "checkpoints" / "step-00000003")
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_step(disk: Path) -> None:
+    (disk / "filler").write_bytes(bytes(40 << 20))
+    words = (*LONGTRAIN, "train", "--recipe", "recipe.yaml", "--set", "output=disk/run", "--set", "training.steps=2")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 2
+    warning, *_, refused = (line for line in (done.stdout + done.stderr).splitlines() if "free on" in line)
+    assert warning.startswith("warning: disk/run: checkpoints to come take up to ")
+    assert "MiB are free on its disk" in refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ SHARE = 0.8
 """Of the host memory that is available, what a copy may take."""
 SAVED = 12
 """Bytes of a parameter in a checkpoint: master weight and two moments, fp32."""
+OVERHEAD = 64 << 20
+"""Bytes of a checkpoint beside that: headers, manifest, what file systems round up."""
 OFFLOADED = 16
 """Bytes of a parameter that `zero.offload cpu` keeps on the host: the same, and the gradient."""
 UNLIMITED = 1 << 60
@@ -112,6 +115,23 @@ def describe_checkpoint(plan: Plan, available: int | None) -> str:
     return (
         f"{disk}; training stands still while it is written, file by file: {needs} is more than {SHARE:.0%} of the {_gib(left)} "
         "that this one will have left"
+    )
+
+
+def lacks_disk(plan: Plan, done: int, there: int, free: int) -> str | None:
+    """What a disk with so many `free` bytes lacks for the checkpoints to come of a run that is `done` steps far and has so many of
+    them `there`; None where it takes them all."""
+    checkpoint, size = plan.recipe.checkpoint, SAVED * plan.parameters
+    if checkpoint.every is None:
+        return None
+    saves = math.ceil((plan.recipe.training.steps - done) / checkpoint.every)
+    # an old one gives way once the new one is there
+    coming = min(saves, max(1, checkpoint.keep + 1 - there))
+    if free >= coming * size + OVERHEAD:
+        return None
+    return (
+        f"checkpoints to come take up to {_gib(coming * size)} more ({_gib(size)} each), and {_gib(free)} are free on the disk; "
+        "free some, set output to another one or checkpoint.keep lower"
     )
 
 

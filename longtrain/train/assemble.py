@@ -108,7 +108,8 @@ class Run:
         if last or self.plan.recipe.checkpoint.on_failure is SaveFailure.STOP:
             raise error
         self.trackers.say(
-            f"ERROR: a checkpoint could not be saved: {error}\nearlier ones are as they were; the next one is tried when due"
+            f"ERROR: a checkpoint could not be saved: {error}\nearlier ones are as they were; the next one is tried when it is "
+            "due, or the run ends"
         )
 
     def close(self) -> None:

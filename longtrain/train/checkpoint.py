@@ -34,7 +34,7 @@ from longtrain.files import sync_path
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine
 from longtrain.parallel.mailbox import Mailbox, MailboxGoneError
-from longtrain.plan.host import SHARE, available_memory, fits
+from longtrain.plan.host import OVERHEAD, SHARE, available_memory, fits
 from longtrain.train.checkpoint_folder import KINDS, Pieces, check_files, check_ranges, complete, delete, publish, resolve
 from longtrain.train.checkpoint_format import (
     MANIFEST,
@@ -54,8 +54,6 @@ from longtrain.train.threads import THREADS, in_threads
 
 PATIENCE = 30.0
 """Seconds that a run which is on its way out waits for what other ranks were writing."""
-OVERHEAD = 64 << 20
-"""Bytes on disk beside the tensors: headers, manifest, what file systems round up."""
 
 Copied = Callable[[Part], AbstractContextManager[Tensor]]
 

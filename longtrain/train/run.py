@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from longtrain.data.mixture import Split
 from longtrain.errors import CheckpointError
 from longtrain.parallel.context import ParallelContext
 from longtrain.plan import Plan
+from longtrain.plan.host import lacks_disk
 from longtrain.train.assemble import Run, assemble, warnings
 from longtrain.train.checkpoint import together
 from longtrain.train.checkpoint_folder import complete, remove_leftovers, set_aside
@@ -127,7 +129,10 @@ def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw |
     if draw is not None:
         more.append(Background("plots", lambda: Redrawn(draw), terminal.say))
     run.trackers = Trackers([lines, terminal, *more], run_id)
-    for line in (*start.notes, *start.remarks, *aside, *warnings(run.split, None if start.checkpoint else run.plan)):
+    there, free = len(complete(run.folder / CHECKPOINTS)), shutil.disk_usage(run.folder).free
+    lacks = lacks_disk(run.plan, done, there, free)
+    disk = [] if lacks is None else [f"warning: {run.folder}: {lacks}"]
+    for line in (*start.notes, *start.remarks, *aside, *warnings(run.split, None if start.checkpoint else run.plan), *disk):
         run.trackers.say(line)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from longtrain.plan import make_plan
 from longtrain.plan.describe import describe
-from longtrain.plan.host import available_memory, copy_bytes, fits
+from longtrain.plan.host import available_memory, copy_bytes, fits, lacks_disk
 from longtrain.recipe.load import load_recipe
 
 GIB = 2**30
@@ -148,3 +148,25 @@ def test_the_plan_says_how_checkpoints_are_written() -> None:
 @pytest.mark.parametrize(("memory", "behind"), [(128, False), (256, True)])
 def test_what_is_offloaded_is_there_first(memory: int, behind: bool) -> None:
     assert ("written behind" in said(1, None, memory * GIB, "zero.offload=cpu")) == behind
+
+
+@pytest.mark.parametrize(
+    ("free", "done", "there", "wanted"),
+    [
+        (300, 0, 0, None),
+        (200, 0, 0, "up to 226 GiB more (75.3 GiB each), and 200 GiB are free"),
+        (100, 9900, 0, None),  # one more is written
+        (100, 500, 2, None),  # one is deleted after each
+        (70, 500, 3, "up to 75.3 GiB more (75.3 GiB each), and 70 GiB are free"),
+        (1, 10000, 2, None),
+    ],
+)
+def test_a_disk_that_is_too_small_is_told_before_it_is_full(free: int, done: int, there: int, wanted: str | None) -> None:
+    overrides = ("parallel.cp=1", "training.batch_size=16", "training.steps=10000", "checkpoint.keep=2", "checkpoint.every=100")
+    found = lacks_disk(make_plan(load_recipe("llama-7b-32k", overrides), 1, "cuda"), done, there, free * GIB)
+    assert found is None if wanted is None else found is not None and wanted in found
+
+
+def test_without_checkpoints_no_disk_is_needed() -> None:
+    overrides = ("parallel.cp=1", "training.batch_size=16", "checkpoint.every=null")
+    assert lacks_disk(make_plan(load_recipe("llama-7b-32k", overrides), 1, "cuda"), 0, 0, 0) is None
