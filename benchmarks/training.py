@@ -50,7 +50,7 @@ CASES = {
     "llama-160m-4k": Case({"training.batch_size": "32"}, steps=40),
     "llama-1b-32k": Case({"training.batch_size": "2", "schedule.kind": "cosine", "schedule.decay_steps": "null"}),
     # Stage 1 reduces gradients after the backward, when the activations are gone: on one GPU it peaks 11 GiB below stage 2. A
-    # checkpoint is 75 GiB: two of them need their place, or --one-checkpoint.
+    # checkpoint is 75 GiB: two of them need their place.
     "llama-7b-32k": Case({"training.batch_size": "1", "zero.stage": "1", "optimizer.lr": "1e-4"}, steps=20),
 }
 
@@ -76,11 +76,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for scripts/train.py")
     parser.add_argument("--kill", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--export", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument(
-        "--one-checkpoint",
-        action="store_true",
-        help="no more is saved after the kill, and that one is exported: for a disk that holds no two",
-    )
     parser.add_argument("--limit", type=float, default=500.0, help="seconds that one training process may take")
     parser.add_argument("--out", type=Path, help="the file of results")
     return parser.parse_args()
@@ -127,8 +122,6 @@ def measure(name: str, data: Path, given: argparse.Namespace) -> dict[str, Any]:
     if kills:
         row["kill"] = kill_behind_checkpoint(command, run, given.limit)
         first = row["kill"]["checkpoint"]
-        if given.one_checkpoint:
-            command = start_command(name, overrides | {"checkpoint.every": "null"}, given.ranks)
     began = time.perf_counter()
     train(command, run, given.limit)
     row["process_seconds"] = time.perf_counter() - began
@@ -140,8 +133,6 @@ def measure(name: str, data: Path, given: argparse.Namespace) -> dict[str, Any]:
     row["trackers"] = sorted(path.name for path in run.iterdir() if path.name in ("wandb", "tensorboard", "metrics.jsonl"))
     row["warnings"] = [line for line in log_of(run).read_text(errors="replace").splitlines() if line.startswith("WARNING")]
     if exports:
-        if not (run / "huggingface").exists():
-            export(run, given.limit)
         row["export"] = check_export(run)
     print(f"{name}: {json.dumps({key: value for key, value in row.items() if key not in ('overrides', 'losses')})}", flush=True)
     return row
@@ -256,15 +247,6 @@ def figures(metrics: list[dict[str, Any]], steps: int, first: int) -> dict[str, 
     }
 
 
-def export(run: Path, limit: float) -> None:
-    """The run's newest checkpoint as a Hugging Face folder, by the command: a run that saves none at its end exports none."""
-    command = [sys.executable, "-c", "from longtrain.cli import main; main()", "checkpoint", "export", str(run)]
-    with log_of(run).open("ab") as log:
-        done = subprocess.run([*command, "--out", str(run / "huggingface")], cwd=ROOT, stdout=log, stderr=log, timeout=limit)
-    if done.returncode != 0:
-        fail(run, f"export failed ({done.returncode})")
-
-
 @torch.no_grad()
 def check_export(run: Path) -> dict[str, Any]:
     """The export in transformers, on the CPU: its logits are ours, and it generates. Raises SystemExit where they are not."""
@@ -277,22 +259,19 @@ def check_export(run: Path) -> dict[str, Any]:
 
     folder = run / "huggingface"
     tokenizer = AutoTokenizer.from_pretrained(folder / APART if (folder / APART).exists() else folder)
-    tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
-    trained = load_trained(run)
-    step, recipe = trained.step, trained.recipe
-    for parameter in trained.model.parameters():  # as exported
-        parameter.copy_(parameter.to(DTYPES[recipe.training.precision]))
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    expected = trained.model(tokens, positions, AttentionMask(Band.causal(recipe.model.window)))
-    # fp32 weights of 7 billion parameters take 25 GiB: not twice at once
-    del trained, parameter
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = tokenizer(PROMPT, return_tensors="pt").input_ids
     found = theirs(tokens).logits
+    trained = load_trained(run)
+    for parameter in trained.model.parameters():  # as exported
+        parameter.copy_(parameter.to(DTYPES[trained.recipe.training.precision]))
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    expected = trained.model(tokens, positions, AttentionMask(Band.causal(trained.recipe.model.window)))
     difference = float((found - expected).abs().max() / expected.abs().max())
     text = tokenizer.decode(theirs.generate(tokens, max_new_tokens=24, do_sample=False)[0])
     if not difference <= TOLERANCE:
         raise SystemExit(f"{folder}: transformers computes other logits: {difference} of the largest")
-    return {"logits_difference": difference, "generated": text, "step": step}
+    return {"logits_difference": difference, "generated": text, "step": trained.step}
 
 
 def made_by(run: Path) -> dict[str, Any]:
