@@ -46,7 +46,7 @@ class PieceEncoder:
     held_out: float
 
     def __call__(self, piece: Piece) -> Encoded:
-        """Raises DataError where the piece cannot be read."""
+        """Raises DataError where the piece cannot be read, or the tokenizer would lose some of its text."""
         encoded = Encoded()
         usable: list[Record] = []
         for record in piece.records(self.text_field):
@@ -58,11 +58,21 @@ class PieceEncoder:
                 encoded.skipped.add(problem, record.name)
         bos, eos = self.tokenizer.bos, self.tokenizer.eos
         front = [] if bos is None else [bos]
-        ids = self.tokenizer.encode_many([record.text for record in usable], threads=1)
-        for record, tokens in zip(usable, ids, strict=True):
+        for record, tokens in zip(usable, self._ids(usable), strict=True):
             split = "heldout" if is_held_out(record, self.held_out) else "train"
             encoded.documents[split].append(np.array([*front, *tokens, eos], dtype=np.uint32))
         return encoded
+
+    def _ids(self, records: list[Record]) -> list[list[int]]:
+        try:
+            return self.tokenizer.encode_many([record.text for record in records], threads=1)
+        except DataError:
+            for record in records:  # one by one, to name the first
+                try:
+                    self.tokenizer.encode(record.text)
+                except DataError as error:
+                    raise DataError(f"{record.name}: {error}") from None
+            raise
 
 
 def is_held_out(record: Record, share: float) -> bool:

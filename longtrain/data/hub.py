@@ -19,6 +19,11 @@ EXAMPLES = 256
 CHARACTERS = 1 << 20
 
 
+def is_path(name: str) -> bool:
+    """Whether what stands behind PREFIX is a path, of something or nothing: no name of the hub looks like it."""
+    return name.startswith((".", "/")) or name.count("/") > 1
+
+
 @dataclass(frozen=True)
 class HubSource:
     """`hf:NAME[:CONFIG[:SPLIT]]`, streamed: nothing is copied to the disk. Code that a dataset brings is never run."""
@@ -32,11 +37,25 @@ class HubSource:
 
     @classmethod
     def parse(cls, text: str) -> HubSource:
-        """DataError where the text is not of that form."""
+        """DataError where the text is not of that form, or names a folder that is not there or has no configurations."""
         dataset, *more = text.removeprefix(PREFIX).split(":")
         if not dataset or len(more) > 2:
             raise DataError(f"--source {text}: expected {PREFIX}NAME, {PREFIX}NAME:CONFIG or {PREFIX}NAME:CONFIG:SPLIT")
-        return cls(text, dataset, (more[0] or None) if more else None, more[1] if more[1:] and more[1] else "train")
+        if is_path(dataset) and not Path(dataset).exists():
+            raise DataError(f"--source {text}: no such folder {dataset}; name one, or a dataset of the hub as {PREFIX}OWNER/NAME")
+        source = cls(text, dataset, (more[0] or None) if more else None, more[1] if more[1:] and more[1] else "train")
+        if source.config is not None and source._saved:
+            raise DataError(
+                f"--source {text}: {dataset} is of save_to_disk, which knows no configurations such as {source.config!r}; leave it "
+                f"out: {PREFIX}{dataset}, or {PREFIX}{dataset}::SPLIT"
+            )
+        return source
+
+    @property
+    def _saved(self) -> bool:
+        """Whether it is a folder of save_to_disk."""
+        folder = Path(self.dataset)
+        return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
     def identity(self) -> Any:
         return self.name
@@ -66,13 +85,16 @@ class HubSource:
         # ours are the only messages
         huggingface_hub.utils.logging.set_verbosity_error()
         datasets.disable_progress_bars()
-        folder = Path(self.dataset)
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        if self._saved:
             saved = datasets.load_from_disk(self.dataset)
             if isinstance(saved, datasets.DatasetDict):
                 if self.split not in saved:
                     raise DataError(f"--source {self.name}: has no split {self.split!r}; it has {', '.join(map(str, saved))}")
                 saved = saved[self.split]
+            elif self.split not in ("train", str(saved.split)):
+                raise DataError(
+                    f"--source {self.name}: holds one dataset and no split {self.split!r}; name it {PREFIX}{self.dataset}"
+                )
             stream = saved.to_iterable_dataset()
         else:
             stream = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import tokenizers
 
-from longtrain.data.hub import PREFIX
+from longtrain.data.hub import PREFIX, is_path
 from longtrain.data.manifest import TOKENIZER, TOKENIZER_JSON, TokenizerEntry
 from longtrain.data.records import first_line
 from longtrain.data.tokenizer import Encoder, Tokenizer
@@ -39,11 +41,17 @@ KNOWN_PAIRS = (
 )
 """BOS and EOS of LLaMA 1 and 2 and Mistral, LLaMA 3, Gemma, and GPT-2 and Qwen, for a tokenizer.json that comes alone."""
 
+NOWHERE = "<longtrain:nowhere>"
+"""A token that no vocabulary has."""
+
+ANOTHER = "choose a tokenizer with byte fallback, or train one: leave --tokenizer out"
+
 
 class JsonTokenizer:
     """A tokenizer.json. What it would put around a text by itself, truncation and padding are left out: the ids are the text's.
 
-    Names of special tokens inside a text are text, so that no document can end early by spelling them.
+    Names of special tokens inside a text are text, so that no document can end early by spelling them. Text that has no token, no
+    bytes and no unknown token in its place raises DataError.
     """
 
     file: ClassVar[str] = TOKENIZER_JSON
@@ -53,15 +61,23 @@ class JsonTokenizer:
         self._tokenizer = _parse(model, name)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        if isinstance(self._tokenizer.model, tokenizers.models.BPE):
+            self._tokenizer.model.dropout = None  # the same text must give the same tokens
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values(), default=-1) + 1
         self.bos = bos
         self.eos = eos
         for index in (eos, *([] if bos is None else [bos])):
             if not 0 <= index < self.vocab_size:
                 raise DataError(f"{name}: has {self.vocab_size} tokens, so {index} cannot be its BOS or EOS")
+        special = _make_text(self._tokenizer, [name for name, index in vocab.items() if index in (bos, eos)])
+        if not vocab.keys() - special:
+            raise DataError(f"{name}: has no tokens but special ones, so it can write no text; {ANOTHER}")
+        self.unk = _unknown(self._tokenizer.model, model)
+        if self.unk is None and isinstance(self._tokenizer.model, tokenizers.models.BPE):
+            self._tokenizer.model.unk_token = NOWHERE  # where the other models raise, this one alone would leave text out
 
     def __reduce__(self) -> tuple[type[JsonTokenizer], tuple[bytes, int | None, int]]:
         return JsonTokenizer, (self.model, self.bos, self.eos)
@@ -73,7 +89,24 @@ class JsonTokenizer:
     def encode_many(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]:
         """`encode` of every text, on one thread, or with `threads` None on those of the library."""
         batches = [list(texts)] if threads is None else [[text] for text in texts]
+        try:
+            return self._ids(batches)
+        except Exception as error:  # the library raises nothing narrower
+            raise DataError(f"the tokenizer {self._lost(texts) or f'cannot write this text ({error})'}; {ANOTHER}") from None
+
+    def _ids(self, batches: list[list[str]]) -> list[list[int]]:
         return [found.ids for batch in batches for found in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
+
+    def _lost(self, texts: Sequence[str]) -> str | None:
+        """What would be lost first, a character, or a word where words are tokens."""
+        words = isinstance(self._tokenizer.model, (tokenizers.models.WordLevel, tokenizers.models.WordPiece))
+        for part in itertools.chain.from_iterable(dict.fromkeys(text.split() if words else text) for text in texts):
+            try:
+                self._ids([[part]])
+            except Exception:  # as above
+                code = "" if words else f" (U+{ord(part):04X})"
+                return f"has no token for {part!r}{code}, no bytes and no unknown token in its place, so that text would be lost"
+        return None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; BOS and EOS leave no trace."""
@@ -87,7 +120,8 @@ def find_tokenizer(name: str, bos: str | None = None, eos: str | None = None) ->
     tokenizer.json that begin and end a document, where tokenizer_config.json beside it does not say or is to be overruled; bos
     "none": nothing in front. DataError where it is missing or damaged, or has no EOS.
     """
-    path = _download(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(name)
+    plain = name.removeprefix(PREFIX)
+    path = _download(plain) if name != plain and not is_path(plain) else Path(plain)
     if not path.exists():
         raise DataError(f"--tokenizer {name}: no such file or folder; name one of these: {ACCEPTED[0].lower()}{ACCEPTED[1:]}")
     if path.is_dir():
@@ -112,11 +146,11 @@ def open_tokenizer(folder: Path, entry: TokenizerEntry) -> Encoder:
 
 def _from_json(model: bytes, path: Path, bos: str | None, eos: str | None) -> JsonTokenizer:
     parsed = _parse(model, str(path))
-    config = _config(path.with_name(CONFIG))
-    special = [token.content for _, token in sorted(parsed.get_added_tokens_decoder().items()) if token.special]
+    config = _Names(path.with_name(CONFIG))
+    special = _special(parsed)
     pair = next((pair for pair in KNOWN_PAIRS if pair[1] in special and (pair[0] is None or pair[0] in special)), (None, None))
-    first = bos or (_content(config.get("bos_token")) if "eos_token" in config else pair[0])
-    last = eos or _content(config.get("eos_token")) or pair[1]
+    first = bos or (config.token("bos") if config.has("eos") else pair[0])
+    last = eos or config.token("eos") or pair[1]
     if last is None:
         named = f"; its special tokens are {', '.join(special[:8])}" if special else ""
         raise DataError(f"{path}: says nowhere which token ends a document: name one with --eos TOKEN{named}")
@@ -137,6 +171,45 @@ def _parse(model: bytes, name: str) -> tokenizers.Tokenizer:
         raise DataError(f"{name}: is not a tokenizer.json of the tokenizers library, or is damaged ({reason})") from None
 
 
+def _special(tokenizer: tokenizers.Tokenizer) -> list[str]:
+    """Names of the special tokens, by their ids."""
+    return [token.content for _, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special]
+
+
+def _make_text(tokenizer: tokenizers.Tokenizer, ends: list[str]) -> set[str]:
+    """Makes the names of special tokens inside a text text; returns them. ends: of BOS and EOS, which may not be marked as special.
+
+    Models whose pieces are not merged from smaller ones, as Unigram, find such a name among their own: there it is cut in two.
+    """
+    tokenizer.add_special_tokens(ends)
+    tokenizer.encode_special_tokens = True
+    special = _special(tokenizer)
+    spelt = sorted(name for name in special if len(name) > 1 and _spells(tokenizer.model, name))
+    if spelt:
+        groups = itertools.groupby(spelt, key=lambda name: name[0])
+        cuts = (f"{re.escape(first)}(?={'|'.join(re.escape(name[1:]) for name in names)})" for first, names in groups)
+        cut = tokenizers.pre_tokenizers.Split(tokenizers.Regex("|".join(cuts)), "isolated")
+        before = [] if tokenizer.pre_tokenizer is None else [tokenizer.pre_tokenizer]
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*before, cut])
+    return set(special)
+
+
+def _spells(model: tokenizers.models.Model, name: str) -> bool:
+    """Whether a model writes text with the token of that name."""
+    try:
+        return any(token.id == model.token_to_id(name) for token in model.tokenize(name))
+    except Exception:  # the library raises nothing narrower: not all of the name has a token
+        return False
+
+
+def _unknown(model: tokenizers.models.Model, content: bytes) -> int | None:
+    """The token of what is unknown. content: of the file, which alone says that of a Unigram model."""
+    if isinstance(model, tokenizers.models.Unigram):
+        return json.loads(content)["model"].get("unk_id")
+    name = getattr(model, "unk_token", None)
+    return None if name is None else model.token_to_id(name)
+
+
 def _of_vocabulary(path: Path) -> bytes:
     """The tokenizer.json of a byte-level BPE that is given as vocab.json and merges.txt."""
     try:
@@ -146,8 +219,8 @@ def _of_vocabulary(path: Path) -> bytes:
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
-    config = _config(path.with_name(CONFIG))
-    named = {name: _content(config.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad")}
+    config = _Names(path.with_name(CONFIG))
+    named = {name: config.token(name) for name in ("bos", "eos", "unk", "pad")}
     known = {name: token for name, token in named.items() if token and made.token_to_id(token) is not None}
     made.add_special_tokens(list(dict.fromkeys(known.values())))
     # what an export calls unk and pad; no text gains a token, as no byte is unknown and padding is left out
@@ -158,22 +231,39 @@ def _of_vocabulary(path: Path) -> bytes:
     return made.to_str().encode()
 
 
-def _config(path: Path) -> dict[str, object]:
-    """tokenizer_config.json, or nothing where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(_read(path))
-    except (ValueError, RecursionError):
-        raise DataError(f"{path}: is not JSON, so it is damaged; copy it again, or move it away and give --bos and --eos") from None
-    return content if isinstance(content, dict) else {}
+class _Names:
+    """The tokens that tokenizer_config.json names, or none where there is no such file. DataError where it is damaged."""
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._content: dict[str, object] = {}
+        if not path.is_file():
+            return
+        try:
+            content = json.loads(_read(path))
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            what = "JSON" if content is None else "a JSON object"
+            raise DataError(f"{path}: is not {what}, so it is damaged; copy it again, or move it away and give --bos and --eos")
+        self._content = content
 
-def _content(token: object) -> str | None:
-    """A token of tokenizer_config.json, which stands there as text or as an object."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+    def has(self, name: str) -> bool:
+        return f"{name}_token" in self._content
+
+    def token(self, name: str) -> str | None:
+        """bos, eos, unk or pad, which stands there as text or as an object; None where there is none."""
+        field = f"{name}_token"
+        token = self._content.get(field)
+        if token is None:
+            return None
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            return text
+        raise DataError(
+            f"{self._path}: {field}: {json.dumps(token)} is no token, which is text or an object with text as 'content'; mend it, "
+            "or move the file away and give --bos and --eos"
+        )
 
 
 def _read(path: Path) -> bytes:

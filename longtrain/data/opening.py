@@ -59,7 +59,7 @@ def compare_tokenizers(recipe: Recipe) -> str | None:
     except DataError as error:
         return f"nobody can tell whether {folder} was prepared with the tokenizer of model.init {init}: {error}"
     ours = theirs if theirs.sha256 == entry.sha256 else open_tokenizer(folder, entry)
-    if ours.encode(SAMPLE) != theirs.encode(SAMPLE):
+    if _sample_ids(ours) != _sample_ids(theirs):
         if not _same_tokens(ours, theirs):
             field = "data.sources" if recipe.data.path is None else "data.path"
             raise DataError(
@@ -75,6 +75,21 @@ def compare_tokenizers(recipe: Recipe) -> str | None:
             f"would begin {begins[1]} and end with token {theirs.eos}"
         )
     return None
+
+
+def _sample_ids(tokenizer: Encoder) -> list[list[int] | None]:
+    """SAMPLE as one text, or by characters where the tokenizer refuses some of them, None each."""
+    try:
+        return [tokenizer.encode(SAMPLE)]
+    except DataError:
+        return [_ids_or_none(tokenizer, character) for character in SAMPLE]
+
+
+def _ids_or_none(tokenizer: Encoder, text: str) -> list[int] | None:
+    try:
+        return tokenizer.encode(text)
+    except DataError:
+        return None
 
 
 def _same_tokens(one: Encoder, other: Encoder) -> bool:

@@ -152,7 +152,8 @@ class _Preparation:
         skipped = self._journal.skipped
         manifest = make_manifest(writers, entry_of(tokenizer), skipped, self._options.seed)
         write_manifest(self._folder, manifest)
-        return Prepared(self._folder, manifest, {split: writer.lengths for split, writer in writers.items()}, skipped)
+        lengths = {split: writer.lengths for split, writer in writers.items()}
+        return Prepared(self._folder, manifest, lengths, skipped, self._journal.unknown)
 
     def _trained(self) -> Tokenizer:
         if self._resumed:
@@ -188,7 +189,7 @@ class _Preparation:
                 closing(encode_all(self._steps(writers), encoder, workers)) as encoded,
             ):
                 for work in encoded:
-                    self._take(work, writers)
+                    self._take(work, writers, tokenizer)
                     if time.monotonic() - saved > JOURNAL_SECONDS:
                         self._save(writers)
                         saved = time.monotonic()
@@ -218,16 +219,21 @@ class _Preparation:
     def _full(self, writers: dict[str, SplitWriter]) -> bool:
         return self._options.max_tokens is not None and writers["train"].tokens >= self._options.max_tokens
 
-    def _take(self, work: Work, writers: dict[str, SplitWriter]) -> None:
+    def _take(self, work: Work, writers: dict[str, SplitWriter], tokenizer: Encoder) -> None:
+        unknown = self._journal.unknown
+        start = 0 if tokenizer.bos is None else 1  # BOS or EOS may be the same token
         for split, documents in work.encoded.documents.items():
             for document in documents:
                 if split == "train" and self._full(writers):
                     break
                 writers[split].add(document)
+                if tokenizer.unk is not None:
+                    unknown += int(np.count_nonzero(document[start:-1] == tokenizer.unk))
         skipped = self._journal.skipped
         skipped.extend(work.encoded.skipped)
         records = self._journal.records + work.encoded.records
-        self._journal = Journal(source=work.source, after=work.step.after, records=records, skipped=skipped)
+        after = work.step.after
+        self._journal = Journal(source=work.source, after=after, records=records, skipped=skipped, unknown=unknown)
 
     def _save(self, writers: dict[str, SplitWriter]) -> None:
         written = {split: writer.sync() for split, writer in writers.items()}

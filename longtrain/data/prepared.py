@@ -17,12 +17,16 @@ REPORTED_LENGTHS = (1024, 8192, 32768)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a preparation wrote. lengths: per split int64 [documents], tokens of every document in the order of the stream."""
+    """What a preparation wrote. lengths: per split int64 [documents], tokens of every document in the order of the stream.
+
+    unknown: tokens that stand for text without one of its own.
+    """
 
     out: Path
     manifest: Manifest
     lengths: dict[str, npt.NDArray[np.int64]]
     skipped: Skipped
+    unknown: int = 0
 
     def report(self, sequence_length: int | None = None) -> str:
         """Lines for a person: sizes, document lengths, how much real context the tokens see, and the next command."""
@@ -37,6 +41,12 @@ class Prepared:
             lines.append(f"{split}: {documents}, {lengths.sum():,} tokens; tokens a document: {spread}")
         if text := str(self.skipped):
             lines.append(f"skipped: {text}")
+        if self.unknown:
+            total = sum(int(lengths.sum()) for lengths in self.lengths.values())
+            lines.append(
+                f"warning: {self.unknown:,} of {total:,} tokens are unknown, so the text that they stand for is lost: choose "
+                "a tokenizer with byte fallback, or train one: leave --tokenizer out"
+            )
         for length in [sequence_length] if sequence_length else REPORTED_LENGTHS:
             counts = ", ".join(f"{split} {int(lengths.sum()) // length:,}" for split, lengths in self.lengths.items())
             share = context_share(np.cumsum(self.lengths["train"]), length)

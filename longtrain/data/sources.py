@@ -244,6 +244,11 @@ class ParquetSource(_FileSource):
             raise DataError(
                 f"{self.name}: has no column {field!r}; its columns are {', '.join(schema.names)}: choose with --text-field"
             )
+        if schema.names.count(field) > 1:
+            raise DataError(
+                f"{self.name}: has {schema.names.count(field)} columns {field!r}, and nobody can tell which is meant; write the "
+                "file again with another name for each, or choose another column with --text-field"
+            )
         kind = schema.field(field).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):

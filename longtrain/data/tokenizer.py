@@ -28,7 +28,11 @@ SAMPLE_PIECE = 2000
 
 
 class Encoder(Protocol):
-    """Text to token ids and back. `model`: the bytes of its file, `file` in prepared data; bos None: none is put in front."""
+    """Text to token ids and back. `model`: the bytes of its file, `file` in prepared data; bos None: none is put in front.
+
+    unk: the token that stands for text without one of its own; None where there is no such token. Encoding raises DataError, and
+    names the character, where text would be lost without a trace.
+    """
 
     file: ClassVar[str]
     model: bytes
@@ -39,6 +43,8 @@ class Encoder(Protocol):
     def bos(self) -> int | None: ...
     @property
     def eos(self) -> int: ...
+    @property
+    def unk(self) -> int | None: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_many(self, texts: Sequence[str], threads: int | None = None) -> list[list[int]]: ...
     def decode(self, ids: Sequence[int]) -> str: ...
@@ -72,6 +78,7 @@ class Tokenizer:
         self.vocab_size: int = self._model.vocab_size()
         self.bos: int = self._model.bos_id()
         self.eos: int = self._model.eos_id()
+        self.unk: int = self._model.unk_id()
         if self.bos < 0 or self.eos < 0:
             raise DataError(f"{name}: has no BOS or no EOS token; train it with bos_id and eos_id")
         self._prefix = "".join(self._model.encode("a", out_type=str)).startswith(SPACE)

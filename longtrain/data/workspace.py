@@ -30,7 +30,8 @@ _OURS = re.compile(rf"{_FILES}|(train|heldout)-\d+\.(bin|idx)")
 class Journal(BaseModel):
     """How far an unfinished preparation is: everything before source number `source`, and that one up to `after`.
 
-    written: the files of both splits at that point. records: all that were read, whatever became of them.
+    written: the files of both splits at that point. records: all that were read, whatever became of them. unknown: tokens written
+    that stand for text without one of its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +39,7 @@ class Journal(BaseModel):
     source: int = 0
     after: Any = None
     records: int = 0
+    unknown: int = 0
     skipped: Skipped
     written: dict[str, Written] = {}
 

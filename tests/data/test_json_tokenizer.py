@@ -6,6 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -45,8 +46,6 @@ def test_encode_many_and_pickled_copies_agree(tokenizer: JsonTokenizer) -> None:
 
 
 def test_what_the_file_would_add_or_cut_is_left_out(json_tokenizer: Path, tmp_path: Path, tokenizer: JsonTokenizer) -> None:
-    import tokenizers
-
     changed = tokenizers.Tokenizer.from_file(str(json_tokenizer))
     changed.enable_truncation(3)
     changed.enable_padding(length=64)
@@ -138,15 +137,41 @@ def test_refusals(
         find_tokenizer(str(path), **options)
 
 
-def test_a_broken_config_is_refused(json_tokenizer: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_bytes(b"{")
-    with pytest.raises(DataError, match=r"tokenizer_config\.json: is not JSON"):
-        find_tokenizer(write(tmp_path, json_tokenizer.read_bytes()))
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON, so it is damaged"),
+        ("[]", "is not a JSON object, so it is damaged"),
+        (
+            '{"bos_token": 3, "eos_token": "</s>"}',
+            "bos_token: 3 is no token, which is text or an object with text as 'content'; mend",
+        ),
+        ('{"bos_token": "<s>", "eos_token": []}', r"eos_token: \[\] is no token"),
+        ('{"bos_token": "<s>", "eos_token": {"content": null}}', r'eos_token: {"content": null} is no token'),
+    ],
+)
+@pytest.mark.parametrize("vocabulary", [False, True])
+def test_a_broken_config_is_refused(json_tokenizer: Path, tmp_path: Path, content: str, message: str, vocabulary: bool) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    name = write(tmp_path, json_tokenizer.read_bytes())
+    if vocabulary:
+        tokenizers.Tokenizer.from_file(name).model.save(str(tmp_path))
+        name = str(tmp_path / "vocab.json")
+    with pytest.raises(DataError, match=rf"tokenizer_config\.json: {message}"):
+        find_tokenizer(name)
+
+
+def test_options_go_before_a_broken_config(json_tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": 3, "eos_token": []}')
+    found = find_tokenizer(write(tmp_path, json_tokenizer.read_bytes()), bos="<s>", eos="</s>")
+    assert (found.bos, found.eos) == (0, 1)
+
+
+def test_a_folder_may_be_named_as_the_source_is(json_tokenizer: Path) -> None:
+    assert find_tokenizer(f"hf:{json_tokenizer.parent}").sha256 == find_tokenizer(str(json_tokenizer)).sha256
 
 
 def test_vocabulary_and_merges_become_a_file(json_tokenizer: Path, tmp_path: Path, tokenizer: JsonTokenizer) -> None:
-    import tokenizers
-
     tokenizers.Tokenizer.from_file(str(json_tokenizer)).model.save(str(tmp_path))
     config = {"bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -176,3 +201,12 @@ def test_a_model_of_the_hub_is_a_folder(monkeypatch: pytest.MonkeyPatch, json_to
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(json_tokenizer.parent))
     assert find_tokenizer("hf:a/b").encode("a b") == find_tokenizer(str(json_tokenizer)).encode("a b")
+
+
+def test_a_tokenizer_that_was_trained_with_dropout_gives_the_same_tokens_each_time() -> None:
+    pieces = [chr(ord("a") + index) for index in range(4)]
+    merges = [("a", "b"), ("ab", "c"), ("abc", "d")]
+    vocab = {piece: index for index, piece in enumerate(["</s>", *pieces, "ab", "abc", "abcd"])}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, dropout=0.5))
+    chosen = JsonTokenizer(made.to_str().encode(), None, 0)
+    assert {tuple(chosen.encode("abcd")) for _ in range(20)} == {(vocab["abcd"],)}

@@ -185,6 +185,13 @@ def test_datasets_saved_to_disk(tmp_path: Path, model: Path) -> None:
         assert sum(prepared.manifest.statistics.documents.values()) == count
     with pytest.raises(DataError, match="has no split 'test'; it has train, more"):
         prepare(f"hf:{tmp_path / 'two'}::test", tmp_path / "no", tokenizer=model, workers=1)
+    for name in ("one", "two"):
+        with pytest.raises(
+            DataError, match=rf"{name}:nope: .* no configurations such as 'nope'; leave it out: hf:.*{name}, or hf:"
+        ):
+            prepare(f"hf:{tmp_path / name}:nope", tmp_path / "no", tokenizer=model, workers=1)
+    with pytest.raises(DataError, match=r"one::test: holds one dataset and no split 'test'; name it hf:.*one$"):
+        prepare(f"hf:{tmp_path / 'one'}::test", tmp_path / "no", tokenizer=model, workers=1)
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -198,9 +205,12 @@ GOOD = lines(TEXTS)
 GZ, ZST = gzip.compress(GOOD), pa.compress(GOOD, codec="zstd", asbytes=True)
 
 
-def parquet(**columns: object) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
+def parquet(*doubled: str, **columns: object) -> bytes:
+    """doubled: columns that stand there again, under the same name."""
+    table, sink = pa.table(columns), pa.BufferOutputStream()
+    for name in doubled:
+        table = table.append_column(name, table[name])
+    pq.write_table(table, sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -252,6 +262,11 @@ REFUSALS: dict[str, tuple[str, bytes, str]] = {
         r"no column 'text'; its columns are body, id: choose with",
     ),
     "a column of numbers": ("a.parquet", parquet(text=range(203)), r"the column 'text' holds int64, not text"),
+    "a doubled column": (
+        "a.parquet",
+        parquet("text", text=TEXTS),
+        r"a\.parquet: has 2 columns 'text', .* another column with --text-field",
+    ),
     "a column of lists": ("a.parquet", parquet(text=[["a"]] * 9), r"the column 'text' holds list"),
     "a null": ("a.parquet", parquet(text=[*TEXTS, None]), r"a\.parquet: row 204: the text is null"),
     "no rows": ("a.parquet", parquet(text=pa.array([], pa.string())), "there was nothing to read"),
@@ -287,7 +302,11 @@ def test_broken_sources_exit_with_2_and_one_message(
         (["--source", "hf:FOLDER::nope"], r"Bad split: nope.*check the name, the configuration and the split"),
         (["--source", "hf:FOLDER:nope"], r"BuilderConfig 'nope' not found"),
         (["--source", "hf:FOLDER", "--text-field", "body"], r"has no column 'body'; its columns are id, text"),
-        (["--source", "hf:./nothing-here"], r"example 1 cannot be read"),
+        (
+            ["--source", "hf:./nothing-here"],
+            r"hf:\./nothing-here: no such folder \./nothing-here; name one, or a dataset of the hub",
+        ),
+        (["--source", "FILE", "--tokenizer", "hf:./nothing-here"], r"--tokenizer hf:\./nothing-here: no such file or folder"),
         (["--source", "FILE", "--max-bad", "2"], "--max-bad 2: expected a share"),
         (["--source", "FILE", "--max-bad", "x%"], "--max-bad x%: expected a share"),
         (["--source", "FILE", "--max-tokens", "0"], "--max-tokens 0: expected a number of tokens"),
@@ -311,7 +330,7 @@ def test_arguments_that_are_refused(
     write_parquet(tmp_path / "set" / "0.parquet", TEXTS)
     write_jsonl(tmp_path / "a.jsonl", TEXTS)
     words = [word.replace("FOLDER", str(tmp_path / "set")).replace("FILE", str(tmp_path / "a.jsonl")) for word in arguments]
-    words += [] if {"--eos"} & set(words) else ["--tokenizer", str(model)]
+    words += [] if {"--eos", "--tokenizer"} & set(words) else ["--tokenizer", str(model)]
     assert run(monkeypatch, *words, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     with pytest.raises(DataError, match=f"(?s){message}"):
