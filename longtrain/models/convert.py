@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from longtrain.errors import CheckpointError
@@ -15,20 +17,23 @@ from longtrain.models.deepspeed_folder import open_deepspeed
 from longtrain.models.families import hugging_face_names
 from longtrain.models.huggingface import SHARD_BYTES, appearing_whole, copy_file, write_weights
 from longtrain.models.pretrained import INDEX, open_pretrained
-from longtrain.models.unpickled import unpickled
+from longtrain.models.unpickled import named_tensors
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+HEAD = "lm_head.weight"
 
 
 def to_safetensors(folder: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> Path:
     """Writes the weights of `folder` (pytorch_model.bin, or shards of one), its JSON and its tokenizer files to `out`, which must
-    not exist. Only tensors are unpickled: a file that holds anything else is refused. One file is held at a time, and a shard.
+    not exist. Only tensors are unpickled: a file that holds anything else is refused. One file is held at a time, and a shard,
+    beside the embedding and the copy of it that a tied head may have, which is left behind.
 
     Raises:
-        CheckpointError: a file is missing, damaged or holds more than tensors; the model is not implemented; `out` exists.
+        CheckpointError: a file is missing, damaged or holds more than dense tensors of floating point; a tensor is missing, unknown
+            or of another shape; the copy of a tied head differs; the model is not implemented; `out` exists.
     """
     config = read_config(folder)
-    return _write(out, config, _tensors(folder, config.tied_embeddings), folder, shard_bytes)
+    return _write(out, config, _tensors(folder, config), folder, folder, shard_bytes)
 
 
 def from_deepspeed(folder: Path, out: Path, described: Path | None = None, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -51,29 +56,48 @@ def from_deepspeed(folder: Path, out: Path, described: Path | None = None, shard
     names = hugging_face_names(config)
     theirs = names if weights.shapes.keys() <= names.keys() else {name: name for name in weights.shapes}
     tensors = ((theirs[name], weights.read(name)) for name in weights.shapes)
-    return _write(out, config, tensors, described, shard_bytes)
+    return _write(out, config, tensors, folder, described, shard_bytes)
 
 
-def _write(out: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], described: Path, shard_bytes: int) -> Path:
-    """A folder of these weights, with the JSON and tokenizer files of `described`, checked, whole or not at all."""
+def _write(
+    out: Path, config: ModelConfig, tensors: Iterable[tuple[str, Tensor]], source: Path, described: Path, shard_bytes: int
+) -> Path:
+    """A folder of the weights of `source`, with the JSON and tokenizer files of `described`, checked, whole or not at all."""
     with appearing_whole(out) as part:
         write_weights(part, tensors, shard_bytes)
         for path in described.iterdir():
             if path.suffix in (".json", ".model", ".txt") and path.name not in (PICKLE_INDEX, INDEX) and path.is_file():
                 copy_file(path, part / path.name)
-        open_pretrained(part, config)
+        try:
+            open_pretrained(part, config)
+        except CheckpointError as error:
+            # the hidden folder is gone when this is read, and what is wrong came out of `source`
+            hidden = rf"{re.escape(str(part))}(/model[\w.-]*\.safetensors)?"
+            raise CheckpointError(re.sub(hidden, lambda _: str(source), str(error))) from None
     return out
 
 
-def _tensors(folder: Path, tied: bool) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every file, without the second name of a tied head."""
+def _tensors(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every file, no two in one memory, without the second name of a tied head, which must be equal."""
+    embedding = hugging_face_names(config)["embedding.weight"]
+    head: tuple[Path, Tensor] | None = None
+    table: Tensor | None = None
     for file in _files(folder):
-        content = unpickled(file)
-        if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-            raise CheckpointError(f"{file}: holds something else than named tensors")
-        for name, tensor in content.items():
-            if not (tied and name == "lm_head.weight"):
-                yield name, tensor.contiguous()
+        storages = set[int]()
+        for name, tensor in named_tensors(file).items():
+            if config.tied_embeddings and name == HEAD:
+                head = (file, tensor)
+                continue
+            if embedding in (name, f"model.{name}"):
+                table = tensor
+            storage = tensor.untyped_storage().data_ptr()
+            yield name, tensor.clone(memory_format=torch.contiguous_format) if storage in storages else tensor.contiguous()
+            storages.add(storage)
+    if head is not None and table is not None and not torch.equal(head[1], table):
+        raise CheckpointError(
+            f"{head[0]}: {HEAD} differs from {embedding}, but tie_word_embeddings is true; fetch the file again, or set it to "
+            f"false in {folder / CONFIG}"
+        )
 
 
 def _files(folder: Path) -> list[Path]:
@@ -82,7 +106,7 @@ def _files(folder: Path) -> list[Path]:
     if not (folder / PICKLE_INDEX).is_file() and next(folder.glob("*.safetensors"), None):
         raise CheckpointError(f"{folder}: holds safetensors already; model.init reads it as it is")
     try:
-        names = sorted(set(json.loads((folder / PICKLE_INDEX).read_bytes())["weight_map"].values()))
+        names = sorted({str(name) for name in json.loads((folder / PICKLE_INDEX).read_bytes())["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{folder}: holds neither {PICKLE} nor a usable {PICKLE_INDEX}; only these need converting") from None
     if any(Path(name).name != name for name in names):
