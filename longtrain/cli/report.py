@@ -101,6 +101,9 @@ def _next_command(folder: Path, trained: Trained) -> str:
     inside = torchrun.exists() and torchrun.is_relative_to(Path.cwd())
     command = str(torchrun.relative_to(Path.cwd())) if inside else "torchrun"
     words = [command, "--nproc-per-node", str(trained.world), "scripts/train.py", "--recipe", str(folder / RECIPE_FILE)]
-    if trained.step >= load_recipe(folder / RECIPE_FILE).training.steps:
+    recipe = load_recipe(folder / RECIPE_FILE)
+    if Path(recipe.run_folder).resolve() != folder.resolve():  # it was moved
+        words += ["--set", f"output={folder}"]
+    if trained.step >= recipe.training.steps:
         words += ["--set", f"training.steps={2 * trained.step}"]
     return shlex.join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from longtrain.cli.options import HostMemoryOption, RanksOption, RanksPerHostOpt
 from longtrain.cli.plan import say_plan
 from longtrain.cli.refusals import located, refusals
 from longtrain.cli.terminal import outlive_readers, rank, say, say_aside, warn
-from longtrain.errors import CheckpointError, PlanError
+from longtrain.errors import CheckpointError, LaunchError, PlanError
 from longtrain.recipe.load import Written, load_written
 from longtrain.recipe.schema import Recipe
 
@@ -62,8 +63,31 @@ def train(
             elif host_memory is not None:
                 raise PlanError("--host-memory goes with --dry-run; a run measures the memory that it finds")
             else:
+                if resume == "auto":
+                    _check_own_folder(chosen, Path(recipe), written)
                 code = _train(chosen, written, resume, until, force_resume)
     raise typer.Exit(code)
+
+
+def _check_own_folder(recipe: Recipe, file: Path, written: Written) -> None:
+    """Raises LaunchError where `file` is the recipe.yaml of a run with checkpoints, and leads to another folder than that run's: it
+    was moved, or this is another working folder. The run would begin again. An output or a name on the command line is a choice."""
+    from longtrain.train.checkpoint_folder import find_latest
+    from longtrain.train.resume import CHECKPOINTS
+    from longtrain.train.run_folder import RECIPE_FILE
+
+    folder, place = Path(recipe.run_folder), file.parent
+    chosen = written.replaces(("output",)) or (recipe.output is None and written.replaces(("name",)))
+    if chosen or file.name != RECIPE_FILE or find_latest(place / CHECKPOINTS) is None:
+        return
+    if folder.exists() and folder.samefile(place):
+        return
+    inside = Path.cwd().is_relative_to(place.resolve())
+    setting = shlex.quote(f"output={place.resolve() if inside else place}")
+    raise LaunchError(
+        f"output: the checkpoints of this recipe's run are in {place}, and it would begin again in {folder}; to go on, give "
+        f"--set {setting}{' in a folder outside it' if inside else ''}; to begin another run, set another name or output"
+    )
 
 
 def _train(recipe: Recipe, written: Written, resume: str, until: int | None, force: bool) -> int:

@@ -14,6 +14,8 @@ SYSTEM = ("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/sbin", "
 """Folders of the operating system, in which no run writes."""
 OURS = ("/dev/shm", "/usr/local")
 """Folders in these that are used for other things."""
+LONGEST_PATH, LONGEST_NAME = 4095, 255
+"""In bytes: what Linux takes of a path, and its file systems of one name in it."""
 
 
 class Conflict(NamedTuple):
@@ -48,6 +50,8 @@ def path_text(text: str) -> str:
     if text.startswith("~"):
         raise ValueError("write the path out, because '~' stands for no folder here; ./~ is a folder of that name")
     words = text.split("/")
+    if len(text.encode()) > LONGEST_PATH or any(len(word.encode()) > LONGEST_NAME for word in words):
+        raise ValueError(f"a path has at most {LONGEST_PATH} bytes, {LONGEST_NAME} between two slashes; choose a shorter one")
     names = (index for index, word in enumerate(words) if word not in ("", ".", ".."))
     if ".." in words[0 if text.startswith("/") else next(names, len(words)) :]:
         # from behind a link it would lead elsewhere, and the folders that it leaves again would have to be made

@@ -1,6 +1,7 @@
 """Broken recipes, like those of bad_recipes.py: paths that do not say plainly what they mean, or lead where no run writes."""
 
 INVISIBLE = "expected a path, without line breaks or other invisible characters"
+LONG = "a path has at most 4095 bytes, 255 between two slashes; choose a shorter one"
 HOME = "write the path out, because '~' stands for no folder here; ./~ is a folder of that name"
 NAME_RULE = "use lower-case letters, digits, '.', '_' and '-' only, and begin with a letter or a digit"
 
@@ -25,11 +26,20 @@ TRICKS = (
     ('"a\\tb"', "'a\\tb'", INVISIBLE),
     ("'~/a'", "'~/a'", HOME),
     ("~root/a", "'~root/a'", HOME),
+    ("x" * 256, f"'{'x' * 56}...", LONG),
+    # two bytes a letter
+    (f"a/{'é' * 128}", f"'a/{'é' * 54}...", LONG),
 )
 PATHS = [
     (old, new.format(text), f"{line}: {field}: {reason}; found the text {shown}")
     for old, new, line, field in FIELDS
     for text, shown, reason in TRICKS
+]
+# as a key, YAML has no such text
+PATHS += [
+    (old, new.format("a/" * 2048), f"{line}: {field}: {LONG}; found the text '{'a/' * 28}...")
+    for old, new, line, field in FIELDS
+    if field != "data.sources"
 ]
 PATHS += [
     (

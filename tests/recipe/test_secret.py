@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from longtrain.errors import RecipeError
-from longtrain.recipe.load import load_recipe
+from longtrain.recipe.load import builtin_recipes, dump_recipe, load_recipe
 from longtrain.recipe.secret import HIDDEN, hidden, secrets_in
 from tests.recipe.bad_recipes import BASE
 
+DOCUMENTS = Path(__file__).parents[2]
 HEX = "0123456789abcdef0123456789ABCDEF01234567"
 LETTERS = "Ab0" * 16
 PEM = f"-----BEGIN RSA PRIVATE KEY-----\n{LETTERS}\n{LETTERS}\n-----END RSA PRIVATE KEY-----"
@@ -32,6 +34,29 @@ SECRETS = {
     "PEM in one line": PEM.replace("\n", " "),
     "PKCS 8, cut short": f"-----BEGIN PRIVATE KEY-----\n{LETTERS}",
     "OpenSSH": PEM.replace("RSA", "OPENSSH"),
+    "OpenRouter": f"sk-or-v1-{LETTERS}",
+    "sk, of another maker": f"sk-FAKE-{LETTERS[:24]}",
+    "sk, letters alone": f"sk-FAKE-{LETTERS.replace('0', 'c')[:26]}",
+    "Google": f"AIzaSy{LETTERS[:33]}",
+    "Google, short-lived": f"ya29.a0{LETTERS}-_x",
+    "NVIDIA": f"nvapi-{LETTERS}",
+    "Stripe": f"sk_live_{LETTERS[:24]}",
+    "npm": f"npm_{LETTERS[:36]}",
+    "PyPI": f"pypi-AgEIcHlwaS5vcmc{LETTERS}",
+    "Docker": f"dckr_pat_{LETTERS[:27]}",
+    "AWS": f"AWS_SECRET_ACCESS_KEY={LETTERS}",
+    "AWS, in YAML": f"aws_secret_access_key: {LETTERS}",
+    "AWS, short-lived": f"aws_session_token = {LETTERS}",
+    "secret key": f"secret_key={LETTERS}",
+    "API key": f"api-key={LETTERS}",
+    "API key, header": f"X-Api-Key: {LETTERS}",
+    "API key, JSON": f"{{'api_key': '{LETTERS}'}}",
+    "any key of an environment": f"OPENROUTER_KEY={LETTERS}",
+    "token": f"token: {LETTERS}",
+    "token of letters": f"token: {LETTERS.replace('0', 'c')}",
+    "password": f"password: {LETTERS}",
+    "bearer": f"Authorization: Bearer {LETTERS}",
+    "signed address": f"https://example.org/a?sv=1&sig={LETTERS}",
     "PGP": PEM.replace("RSA PRIVATE KEY", "PGP PRIVATE KEY BLOCK"),
 }
 ORDINARY = [
@@ -41,6 +66,29 @@ ORDINARY = [
         "data/task-projects",
         "desk-proj-0123456789012345678901234",
         "ghr_short",
+    ),
+    *("hf:owner/sk-model", "weights/sk-Llama-2-7B-Instruct-of-2024", "sk-Llama-2-7B-Instruct-32K", "sk-internationalization"),
+    *("data/tokens", "tokens: 1000000000", "tokens_per_step=33554432", "token-level loss: weighted", "next-token: prediction"),
+    *(
+        "key_value: 8 heads",
+        "num_key_value_heads=8",
+        "kv-key: layers-of-all",
+        "text_key=contents-of-page",
+        "s3://bucket/key=2024-01-01",
+    ),
+    *("tokenizer: weights/llama-2-7b", "--set data.tokenizer=weights/llama-2-7b", "data.tokenizer: weights/Llama-2-7b-hf"),
+    *("hf:secret-stories:sample-10BT", "hf:owner/secret:sample-10BT", "data/the-secret-garden"),
+    *(
+        "expected 'key: value' lines",
+        "x.yaml:3: password: unknown key",
+        "x.yaml:3: data.password: unknown key; the keys here are a",
+    ),
+    *(
+        "ring bearer of news",
+        "pypi-downloads-of-2024-by-project",
+        "nvapi",
+        "npm_packages_of_2024_with_readme_files",
+        "sk_test_data_of_2024",
     ),
     *("wandb_v1_tests", "eyJ", "data/eyJohnsons.books.jsonl", "-----BEGIN PUBLIC KEY-----", "tokens=32768", "weights/llama-2-7b"),
 ]
@@ -108,6 +156,51 @@ def test_nor_is_that_of_one_that_is_there(write) -> None:
         with pytest.raises(RecipeError, match=r"\*{3}\.yaml:[12]: not valid YAML: ") as caught:
             load_recipe(path)
         assert LETTERS[:13] not in str(caught.value)
+
+
+@pytest.mark.parametrize("assignment", ["password=hunter2", "PASSWORD: hunter2", "my passwd = hunter2", '{"password":"hunter2"}'])
+def test_a_password_may_be_short(assignment: str) -> None:
+    assert "hunter2" not in hidden(assignment)
+
+
+@pytest.mark.parametrize("name", ["tracking.group", "tracking.tags", "nowhere"])
+@pytest.mark.parametrize("kind", ["AWS", "secret key", "API key", "Google", "NVIDIA", "sk, of another maker"])
+def test_a_refused_argument_is_not_repeated(write, kind: str, name: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(write(BASE), [f"{name}={SECRETS[kind]}"])
+    assert LETTERS[:13] not in str(caught.value)
+
+
+def test_nothing_that_we_write_ourselves_looks_like_one() -> None:
+    """Recipes, resolved too, and every line of the documents."""
+    written = [path.read_text(encoding="utf-8") for path in builtin_recipes().values()]
+    written += [dump_recipe(load_recipe(name)) for name in builtin_recipes()]
+    written += [path.read_text(encoding="utf-8") for path in (*DOCUMENTS.glob("*.md"), *DOCUMENTS.glob("docs/*.md"))]
+    assert len(written) > 20
+    for line in {line for text in written for line in text.splitlines()}:
+        assert hidden(line) == line
+
+
+def test_a_long_text_takes_no_longer_than_its_length() -> None:
+    """A recipe may have a mebibyte, all of it in one value."""
+    began = time.process_time()
+    for part in (
+        "sk-",
+        "sk-a-",
+        "token",
+        "token=",
+        "token:",
+        "secret_",
+        "api_key ",
+        "password ",
+        "A_KEY",
+        "://",
+        "bearer ",
+        "a" * 9,
+        " ",
+    ):
+        hidden(part * (2**17 // len(part)))
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize("text", ORDINARY)
