@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import typer
 
 from longtrain.attention.reference import ReferenceKernel
+from longtrain.cli.refusals import refusals
 from tests.refusal import Refusal, become_folder, copy_run, cut, flip, link, other_data, overwrite, refused, remove, rewrite, set_
 from tests.user import CHECKPOINT, REPOSITORY, SCRIPT, process, snapshot, train
 
@@ -24,6 +27,14 @@ TRAIN_REFUSALS = {
     ),
     "mistyped value": Refusal(
         ("recipe.yaml:17: training.steps: expected a whole number", "'ten'"), (), rewrite("steps: 3", "steps: ten")
+    ),
+    "more tokens than any vocabulary": Refusal(
+        ("--set model.vocab_size=9223372036854775807: must be at most 16777216"),
+        set_("model.vocab_size=9223372036854775807"),
+    ),
+    "wider than any model": Refusal(("must be at most 16777216",), set_("model.intermediate_size=1000000000000")),
+    "a theta without frequencies": Refusal(
+        ("model.rope_theta=1e-300: 1e-300 gives no usable frequencies",), set_("model.rope_theta=1e-300")
     ),
     "no recipe file": Refusal(("recipe.yaml: no such file",), (), remove("recipe.yaml")),
     "recipe is a folder": Refusal(("recipe.yaml: cannot be read",), (), become_folder("recipe.yaml")),
@@ -277,3 +288,33 @@ def test_one_refusal_of_two_ranks(damage: Callable[[], None], says: str) -> None
     assert "exitcode  : 2 " in done.stderr, "what torchrun tells of the rank that refused"
     assert "longtrain/" not in done.stderr, "a traceback of ours"
     assert snapshot(Path("run/checkpoints")) == weights
+
+
+def _of_a_gpu() -> None:
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 5.00 GiB is free. If "
+        "reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True."
+    )
+
+
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (
+            _of_a_gpu,
+            "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 5.00 GiB is free.",
+        ),
+        (lambda: torch.empty(10**15), "out of memory: no 3.73e+06 GiB can be had at once on "),
+    ],
+    ids=["GPU", "host"],
+)
+def test_out_of_memory_is_told_with_what_needs_less(
+    capsys: pytest.CaptureFixture[str], use: Callable[[], object], says: str
+) -> None:
+    with pytest.raises(typer.Exit) as ended, refusals():
+        use()
+    assert ended.value.exit_code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {says}")
+    assert told.endswith("more ranks (parallel.cp, parallel.dp) need less\n")
+    assert "PYTORCH_ALLOC_CONF" not in told

@@ -27,9 +27,9 @@ def list_by_default(context: typer.Context) -> None:
 
 @recipes.command("ls")
 def list_recipes() -> None:
-    """Lists the built-in recipes. With the ranks that each is sized for; where parallel.cp is auto, it runs on fewer too."""
+    """Lists the built-in recipes. With the ranks that share each sequence; where parallel.cp is auto, it runs on fewer too."""
     with refusals():
-        table = Table("recipe", "sequence", "ranks meant", "what it is", box=None, header_style="bold", pad_edge=False)
+        table = Table("recipe", "sequence", "ranks a sequence", "what it is", box=None, header_style="bold", pad_edge=False)
         for name, path in builtin_recipes().items():
             recipe = load_recipe(name)
             remark = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import re
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +22,13 @@ PATIENCE = 3.0  # seconds in which torchrun ends the ranks of a run that one of 
 
 # What the file system can say no with where the system call names no file.
 _FILE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.EFBIG}
+# what torch's allocators say: that of a GPU in many sentences, of which the later ones are advice to programmers
+_NO_MEMORY = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+_ADVICE = re.compile(r" If reserved but unallocated .*", re.DOTALL)
+_LESS = (
+    "Of a training run `longtrain plan` says what each rank holds: a smaller training.micro_batch_size, training.activations "
+    "minimal, a higher zero.stage, zero.offload cpu, or more ranks (parallel.cp, parallel.dp) need less"
+)
 # what gloo and NCCL say on the ranks that are left when one has gone
 _LOST_PEER = ("onnection closed by peer", "Connection reset by peer", "remote process exited", "Broken pipe")
 
@@ -59,6 +68,10 @@ def _refusal(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and (error.filename is not None or error.errno in _FILE_ERRORS):
         return ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
+    if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported for this
+        return f"{_ADVICE.sub('', str(error))} {_LESS}"
+    if isinstance(error, RuntimeError) and (wanted := _NO_MEMORY.search(str(error))):
+        return f"out of memory: no {int(wanted[1]) / 2**30:,.3g} GiB can be had at once on {socket.gethostname()}. {_LESS}"
     if isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in _LOST_PEER):
         return "another rank of this run has ended; what it printed says why"
     return None

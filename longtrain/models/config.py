@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from longtrain.errors import PlanError
 from longtrain.models.rope import RopeScaling, check_scaling
 
-MOST = {"layers": 10_000, "head_dim": 65_536}
+MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "layers": 10_000,
+    "heads": 65_536,
+    "head_dim": 65_536,
+    "intermediate_size": 2**24,
+    "max_positions": 2**31 - 1,
+}
 """Tables are made of these many lines, so that a number which is nonsense must not be tried."""
 
 
@@ -54,11 +62,10 @@ class ModelConfig:
         if self.heads % self.kv_heads:
             raise PlanError(f"model.kv_heads {self.kv_heads} does not divide model.heads {self.heads}; choose a divisor")
         if self.head_dim % 2:
-            raise PlanError(f"model.head_dim {self.head_dim} is odd; rotary positions turn pairs of features, choose an even one")
+            raise PlanError(f"model.head_dim {self.head_dim} is odd; only even ones are implemented, choose one")
         if self.window is not None and self.window < 1:
             raise PlanError(f"model.window {self.window} counts the query itself, so it must be at least 1")
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise PlanError(f"model.{name} is {getattr(self, name)}; it must be at least 0 and less than 1")
-        if self.rope_scaling is not None:
-            check_scaling(self.rope_scaling, self.rope_theta, self.head_dim)
+        check_scaling(self.rope_scaling, self.rope_theta, self.head_dim)

@@ -251,7 +251,8 @@ def _read_qwen2(fields: _Fields) -> ModelConfig:
 
 
 def _read_rotary(family: str, fields: _Fields, window: int | None) -> ModelConfig:
-    fields.must_be("hidden_act", "silu", "silu")
+    if fields.content.get("hidden_act") != "swish":  # another name of it
+        fields.must_be("hidden_act", "silu", "silu")
     heads, hidden, length = (fields.count(name) for name in ("num_attention_heads", "hidden_size", "max_position_embeddings"))
     if heads < 1:
         raise fields.refusal("num_attention_heads", f"must be at least 1, found {heads}")
@@ -277,10 +278,14 @@ def _read_rotary(family: str, fields: _Fields, window: int | None) -> ModelConfi
 
 def _read_rope(fields: _Fields, length: int) -> tuple[float, RopeScaling | None]:
     """theta and scaling, from rope_parameters of transformers 5 or rope_theta and rope_scaling of earlier ones."""
-    where = "rope_scaling" if fields.content.get("rope_scaling") else "rope_parameters"
-    given = fields.content.get(where) or {}
+    where = "rope_parameters" if fields.content.get("rope_scaling") in (None, {}) else "rope_scaling"
+    given = fields.content.get(where)
+    given = {} if given is None else given
     if not isinstance(given, dict):
         raise fields.refusal(where, f"expected an object, found {_short(given)}")
+    nested = next((name for name, value in given.items() if isinstance(value, dict)), None)
+    if nested is not None:
+        raise fields.refusal(where, f"has parameters of {nested} apart, and layers of different kinds are not implemented")
     inside = _Fields(fields.path, given)
     theta = inside.number("rope_theta", fields.number("rope_theta", 10000.0))
     inside.must_be("partial_rotary_factor", 1.0, fields.content.get("partial_rotary_factor", 1.0))
@@ -300,7 +305,11 @@ def _read_rope(fields: _Fields, length: int) -> tuple[float, RopeScaling | None]
     original = length
     if kind in ("dynamic", "yarn", "llama3", "longrope"):
         original = length if kind == "dynamic" else inside.count(LENGTH, fields.count(LENGTH, length))
-        values |= {"original_length": original, "factor": values.get("factor") or length / original}
+        values["original_length"] = original
+        if values.get("factor") is None:
+            values["factor"] = length / original
+    if kind == "yarn":  # transformers takes a 0 for nothing said
+        values |= {name: values.get(name) or None for name in ("mscale", "mscale_all_dim")}
     trained = round(original * values["factor"]) if kind == "dynamic" else length
     return theta, make_scaling(kind, trained, **values)
 

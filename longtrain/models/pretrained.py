@@ -124,8 +124,10 @@ def _headers(folder: Path) -> dict[str, Entry]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The weight files, all of them there."""
+    """The weight files, all of them there; where there are two sets, the one that transformers takes."""
     index = folder / INDEX
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
     if index.is_file():
         try:
             shards = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
@@ -140,8 +142,6 @@ def _files(folder: Path) -> list[Path]:
                 f"{folder}: {len(absent)} of {len(shards)} weight files are missing, {absent[0]} first; fetch them"
             )
         return [folder / name for name in sorted(shards)]
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickled:
         raise CheckpointError(
@@ -185,7 +185,8 @@ def load_pretrained(
         embedding = weights.tensors["embedding.weight"]
         if not torch.equal(_read(weights.head), _read(embedding)):
             raise CheckpointError(
-                f"{weights.folder}: {weights.head.name} differs from {embedding.name}, but tie_word_embeddings is true"
+                f"{weights.folder}: {weights.head.name} differs from {embedding.name}, but tie_word_embeddings is true; fetch the "
+                "weights again, or set it to false in config.json"
             )
 
 

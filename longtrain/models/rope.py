@@ -192,15 +192,17 @@ def make_scaling(kind: str, length: int, **values: object) -> RopeScaling:
     return made(**given)
 
 
-def check_scaling(scaling: RopeScaling, theta: float, dim: int) -> None:
-    """Raises PlanError where a scaling shortens, or gives no usable frequencies for heads of `dim` features."""
+def check_scaling(scaling: RopeScaling | None, theta: float, dim: int) -> None:
+    """Raises PlanError where a scaling shortens, or where it or `theta` gives no usable frequencies for heads of `dim` features."""
     if getattr(scaling, "factor", 1.0) < 1:
-        raise PlanError(f"model.rope_scaling.factor: must be at least 1, found {scaling.factor:g}")  # type: ignore[attr-defined]
+        raise PlanError(f"model.rope_scaling.factor: must be at least 1, found {scaling.factor:g}")  # type: ignore[union-attr]
     try:
-        usable = scaling.frequencies(theta, dim)
-        fine = bool((usable.isfinite() & (usable > 0)).all()) and 0 < scaling.magnitude < math.inf
+        usable = plain_frequencies(theta, dim) if scaling is None else scaling.frequencies(theta, dim)
+        fine = bool((usable.isfinite() & (usable > 0)).all()) and 0 < (1.0 if scaling is None else scaling.magnitude) < math.inf
     except (ArithmeticError, ValueError):
         fine = False
+    if not fine and scaling is None:
+        raise PlanError(f"model.rope_theta: {theta:g} gives no usable frequencies with heads of {dim}; 10000 and more are usual")
     if not fine:
         raise PlanError(f"model.rope_scaling: {scaling} gives no usable frequencies with rope_theta {theta:g} and heads of {dim}")
 

@@ -134,7 +134,8 @@ def _positions(plan: Plan) -> str:
     model, extend = plan.model, plan.recipe.model.positions.extend
     if family_of(model).positions == "learned":
         known = plan.recipe.model.max_positions
-        more = f", {extend} beyond {known:,}" if known is not None and known < model.max_positions else ""
+        longer = plan.recipe.model.init is not None and known is not None and known < model.max_positions
+        more = f", {extend} beyond {known:,}" if longer else ""
         return f"{model.max_positions:,} learned{more}"
     scaling = plan.recipe.model.rope_scaling
     numbers = {name: value for name, value in scaling.model_dump(exclude={"kind"}).items() if isinstance(value, int | float)}

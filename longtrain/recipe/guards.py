@@ -47,6 +47,6 @@ class GuardsSection(Section):
         default=1800.0,
         gt=0,
         description="Seconds without a sign of life from any rank after which the stacks of all are written and the job ends; "
-        "longer than the backward pass of one micro batch. Four times as long in the first step and in a roll-back; with several "
-        "ranks never longer than 46 minutes, because collectives give up after an hour. null: no watchdog.",
+        "longer than the backward pass of one micro batch. Four times as long at the start, in the first step and in a "
+        "roll-back; with several ranks never longer than 46 minutes, because collectives give up after an hour. null: no watchdog.",
     )

@@ -38,7 +38,16 @@ def _preset(text: str) -> str:
 
 
 Preset = Annotated[str, AfterValidator(_preset)]
-MOST_LAYERS, MOST_FEATURES = 10_000, 65_536
+MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "layers": 10_000,
+    "heads": 65_536,
+    "kv_heads": 65_536,
+    "head_dim": 65_536,
+    "intermediate_size": 2**24,
+    "max_positions": 2**31 - 1,
+}
 """Tables are made of these many lines, so that a number which is nonsense must not be tried."""
 
 ROPE_THETA = 10000.0
@@ -167,18 +176,28 @@ class ModelSection(Section):
         description="Architecture: llama (RMSNorm, rotary positions, SwiGLU; also Mistral), qwen2 (llama with biases of queries, "
         "keys and values), opt (LayerNorm, learned positions, ReLU, biases).",
     )
-    vocab_size: Int | None = Field(default=None, ge=2, description="Number of tokens in the vocabulary; at least the tokenizer's.")
-    hidden_size: Int | None = Field(default=None, ge=1, description="Width of the residual stream, in features.")
-    layers: Int | None = Field(default=None, ge=1, le=MOST_LAYERS, description="Number of decoder blocks.")
-    heads: Int | None = Field(default=None, ge=1, description="Number of query heads.")
+    vocab_size: Int | None = Field(
+        default=None, ge=2, le=MOST["vocab_size"], description="Number of tokens in the vocabulary; at least the tokenizer's."
+    )
+    hidden_size: Int | None = Field(
+        default=None, ge=1, le=MOST["hidden_size"], description="Width of the residual stream, in features."
+    )
+    layers: Int | None = Field(default=None, ge=1, le=MOST["layers"], description="Number of decoder blocks.")
+    heads: Int | None = Field(default=None, ge=1, le=MOST["heads"], description="Number of query heads.")
     kv_heads: Int | None = Field(
-        default=None, ge=1, description="Number of key/value heads, a divisor of heads; null: as many as heads."
+        default=None,
+        ge=1,
+        le=MOST["kv_heads"],
+        description="Number of key/value heads, a divisor of heads; null: as many as heads.",
     )
     head_dim: Int | None = Field(default=None, ge=2, description="Features of one head, an even number; null: hidden_size / heads.")
-    intermediate_size: Int | None = Field(default=None, ge=1, description="Width of the feed-forward layer, in features.")
+    intermediate_size: Int | None = Field(
+        default=None, ge=1, le=MOST["intermediate_size"], description="Width of the feed-forward layer, in features."
+    )
     max_positions: Int | None = Field(
         default=None,
         ge=1,
+        le=MOST["max_positions"],
         description="Longest sequence that the weights of init know, in tokens; null: training.sequence_length. A longer "
         "training.sequence_length takes its place in what is exported.",
     )
@@ -274,11 +293,9 @@ class ModelSection(Section):
             yield Conflict("heads", f"{heads} heads do not divide hidden_size {hidden_size}; change one of them, or set head_dim")
         elif dim % 2:
             blamed = "heads" if self.head_dim is None else "head_dim"
-            yield Conflict(blamed, f"a head has {dim} features, but rotary positions turn pairs of features; make it even")
-        elif dim > MOST_FEATURES:
-            yield Conflict(
-                "heads" if self.head_dim is None else "head_dim", f"a head has {dim} features; at most {MOST_FEATURES} work"
-            )
+            yield Conflict(blamed, f"a head has {dim} features, and only even numbers are implemented; change it")
+        elif dim > (most := MOST["head_dim"]):
+            yield Conflict("heads" if self.head_dim is None else "head_dim", f"a head has {dim} features; at most {most} work")
         for name in ("short_factor", "long_factor"):
             factors = getattr(self.rope_scaling, name)
             if factors is not None and len(factors) != dim // 2:

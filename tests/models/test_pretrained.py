@@ -339,8 +339,10 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def index_of(folder: Path, name: str) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+def index_of(folder: Path, name: object) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    content = {"weight_map": {"model.norm.weight": name} if isinstance(name, str) else name}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
 
 
 NORM = "model.norm.weight"
@@ -356,7 +358,7 @@ BROKEN: dict[str, Callable[[Path], None]] = {
     "holds pytorch_model.bin, a pickle, which can hold code and is not opened here; write its tensors": pickled,
     "holds neither model.safetensors nor": lambda f: (f / "model.safetensors").unlink(),
     "cannot be read as safetensors": lambda f: (f / "model.safetensors").write_bytes(b"\0" * 100),
-    "is not an index of safetensors files": lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
+    "is not an index of safetensors files": lambda f: index_of(f, 3),
     "names '../model.safetensors', which is no safetensors file of this folder": lambda f: index_of(f, "../model.safetensors"),
     "1 of 1 weight files are missing, other.safetensors first": lambda f: index_of(f, "other.safetensors"),
 }
@@ -369,6 +371,15 @@ def test_broken_weights_are_refused_by_name(message: str, tmp_path: Path) -> Non
     config = read_config(tmp_path / "in")
     with pytest.raises(CheckpointError, match=re.escape(message)):
         open_pretrained(tmp_path / "in", config)
+
+
+def test_of_two_sets_of_weights_the_one_is_taken_that_transformers_takes(tmp_path: Path) -> None:
+    save(tmp_path / "in", MODELS["llama"])
+    whole = (tmp_path / "in" / "model.safetensors").read_bytes()
+    index_of(tmp_path / "in", "other.safetensors")
+    (tmp_path / "in" / "model.safetensors").write_bytes(whole)
+    weights = open_pretrained(tmp_path / "in", read_config(tmp_path / "in"))
+    assert [file.name for file in weights.files] == ["model.safetensors"]
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

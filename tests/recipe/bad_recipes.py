@@ -231,12 +231,12 @@ CONFLICTS = [
     (
         "kv_heads: 2",
         "head_dim: 7",
-        "9: model.head_dim: a head has 7 features, but rotary positions turn pairs of features; make it even",
+        "9: model.head_dim: a head has 7 features, and only even numbers are implemented; change it",
     ),
     (
         "hidden_size: 32",
         "hidden_size: 12",
-        "8: model.heads: a head has 3 features, but rotary positions turn pairs of features; make it even",
+        "8: model.heads: a head has 3 features, and only even numbers are implemented; change it",
     ),
     (
         "stage: 1",
