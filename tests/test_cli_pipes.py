@@ -230,7 +230,7 @@ def test_what_a_disk_that_stays_full_has_lost_is_told(disk: Path) -> None:
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_first_step(disk: Path) -> None:
-    (disk / "filler").write_bytes(bytes(40 << 20))
+    (disk / "filler").write_bytes(bytes((80 << 20) - (600 << 10)))
     words = (*LONGTRAIN, "train", "--recipe", "recipe.yaml", "--set", "output=disk/run", "--set", "training.steps=2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment, check=False)

@@ -15,8 +15,6 @@ SHARE = 0.8
 """Of the host memory that is available, what a copy may take."""
 SAVED = 12
 """Bytes of a parameter in a checkpoint: master weight and two moments, fp32."""
-OVERHEAD = 64 << 20
-"""Bytes of a checkpoint beside that: headers, manifest, what file systems round up."""
 OFFLOADED = 16
 """Bytes of a parameter that `zero.offload cpu` keeps on the host: the same, and the gradient."""
 UNLIMITED = 1 << 60
@@ -118,6 +116,12 @@ def describe_checkpoint(plan: Plan, available: int | None) -> str:
     )
 
 
+def disk_bytes(parameters: int) -> int:
+    """Of a checkpoint, with headers, the manifest and what file systems round up."""
+    tensors = SAVED * parameters
+    return tensors + min(64 << 20, (1 << 20) + tensors // 50)
+
+
 def lacks_disk(plan: Plan, done: int, there: int, free: int) -> str | None:
     """What a disk with so many `free` bytes lacks for the checkpoints to come of a run that is `done` steps far and has so many of
     them `there`; None where it takes them all."""
@@ -127,7 +131,7 @@ def lacks_disk(plan: Plan, done: int, there: int, free: int) -> str | None:
     saves = math.ceil((plan.recipe.training.steps - done) / checkpoint.every)
     # an old one gives way once the new one is there
     coming = min(saves, max(1, checkpoint.keep + 1 - there))
-    if free >= coming * size + OVERHEAD:
+    if free >= coming * disk_bytes(plan.parameters):
         return None
     return (
         f"checkpoints to come take up to {_gib(coming * size)} more ({_gib(size)} each), and {_gib(free)} are free on the disk; "

@@ -34,7 +34,7 @@ from longtrain.files import sync_path
 from longtrain.parallel.context import ParallelContext
 from longtrain.parallel.deepspeed import Engine
 from longtrain.parallel.mailbox import Mailbox, MailboxGoneError
-from longtrain.plan.host import OVERHEAD, SHARE, available_memory, fits
+from longtrain.plan.host import SHARE, available_memory, disk_bytes, fits
 from longtrain.train.checkpoint_folder import KINDS, Pieces, check_files, check_ranges, complete, delete, publish, resolve
 from longtrain.train.checkpoint_format import (
     MANIFEST,
@@ -333,7 +333,7 @@ def _make_room(save: _Save, elements: int) -> None:
     save.temporary.mkdir(parents=True)
     if made:
         sync_path(save.folder.parent)
-    needed, free = 4 * len(KINDS) * elements + OVERHEAD, shutil.disk_usage(save.temporary).free
+    needed, free = disk_bytes(elements), shutil.disk_usage(save.temporary).free
     if free < needed:
         shutil.rmtree(save.temporary, ignore_errors=True)
         raise CheckpointError(

@@ -44,12 +44,13 @@ def step_poisoned(engine: Engine) -> StepResult:
 def check_skips(progress: Progress, most: int, checkpoints: Path, *, damaged: Sequence[Path] = ()) -> None:
     """Raises TrainingError, the same on every rank, after `most` steps in a row without an update.
 
-    It names the newest checkpoint of which a later step has shown that its weights give finite losses. damaged: known not to be it.
+    It names the newest of `good_checkpoints`. damaged: known not to be it.
     """
     if progress.skipped_in_row < most:
         return
     good = [path for path in good_checkpoints(progress, checkpoints) if path not in damaged]
-    where = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint from before that"
+    kind = "last good checkpoint" if good and step_of(good[-1]) <= progress.sound else "newest checkpoint from before that"
+    where = f"the {kind} is {good[-1]}" if good else "there is no checkpoint from before that"
     times = f" after {progress.roll_backs} roll-backs (guards.max_roll_backs)" if progress.roll_backs else ""
     raise TrainingError(
         f"step {progress.step}: the last {progress.skipped_in_row} steps updated nothing{times}, because a loss or gradient was "
@@ -59,5 +60,8 @@ def check_skips(progress: Progress, most: int, checkpoints: Path, *, damaged: Se
 
 
 def good_checkpoints(progress: Progress, checkpoints: Path) -> list[Path]:
-    """Those up to the newest step that is known to be sound, in order."""
-    return [path for path in complete(checkpoints) if step_of(path) <= progress.sound]
+    """Those from whose weights an update was made later, so that they give finite losses, in order. Where there is none, those from
+    before the steps without an update, which may be spoilt or not."""
+    found = complete(checkpoints)
+    proven = [path for path in found if step_of(path) <= progress.sound]
+    return proven or [path for path in found if step_of(path) <= progress.step - progress.skipped_in_row]

@@ -70,7 +70,7 @@ def _go_back(run: Run, target: Path, beat: Beat) -> None:
         skipped_in_row=0,
         spikes=before.spikes,
         roll_backs=before.roll_backs + 1,
-        sound=restored.step,
+        sound=min(restored.step, before.sound),
     )
     # only the main rank has trackers: an error of theirs must reach the others, which would wait for it in the save
     together(run.ctx, lambda: run.trackers.go_back(restored.step))

@@ -51,29 +51,28 @@ def run_training(
     """
     steps = plan.recipe.training.steps
     goal = steps if until is None else min(until, steps)
-    start = confirm(ctx, start)
-    run = assemble(plan, ctx, split, start, verified=True)
-    run.asked_to_stop = asked_to_stop
-    alone = ExitStack()
-    try:
-        if run.progress.step >= goal:
+    with Watchdog(ctx, Path(plan.recipe.run_folder), plan.recipe.guards.watchdog_seconds) as watchdog, ExitStack() as alone:
+        start = confirm(ctx, start)
+        run = assemble(plan, ctx, split, start, verified=True)
+        run.asked_to_stop = asked_to_stop
+        try:
+            if run.progress.step >= goal:
+                if ctx.is_main:
+                    Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
+                return run.progress
+            record = environment(ctx, run.progress.step)
+            together(ctx, lambda: _occupy(run, start, alone) if ctx.is_main else None)
             if ctx.is_main:
-                Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
-            return run.progress
-        record = environment(ctx, run.progress.step)
-        together(ctx, lambda: _occupy(run, start, alone) if ctx.is_main else None)
-        if ctx.is_main:
-            _open_folder(run, start, record, draw)
-        with Watchdog(ctx, run.folder, plan.recipe.guards.watchdog_seconds) as watchdog:
+                _open_folder(run, start, record, draw)
             # also within a long evaluation
             run.engine.model.register_forward_pre_hook(lambda *_: watchdog.alive())
             progress = train(run, until=goal, evaluate=evaluate, beat=watchdog.beat)
-        if ctx.is_main:
-            run.trackers.keep([*(_last_plots(draw) if draw else ()), *worth_keeping(run.folder)])
-        return progress
-    finally:
-        run.close()
-        alone.close()
+            watchdog.done()
+            if ctx.is_main:
+                run.trackers.keep([*(_last_plots(draw) if draw else ()), *worth_keeping(run.folder)])
+            return progress
+        finally:
+            run.close()
 
 
 def _last_plots(draw: Draw) -> Sequence[Path]:

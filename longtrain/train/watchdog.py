@@ -8,6 +8,7 @@ their own.
 
 from __future__ import annotations
 
+import faulthandler
 import math
 import os
 import sys
@@ -38,7 +39,12 @@ LOOKS = 10
 HEARD = 8
 """How many times, at least, it looks in GRACE whether another rank gives up: it must write its own stacks in that time."""
 SLOW = 4
-"""How many times as long the first step, which compiles, and a roll-back, which reads a checkpoint, may take."""
+"""How many times as long the start, which reads weights, the first step, which compiles, and a roll-back may take."""
+START = 30.0
+"""Seconds that the start may take at least: it does not get shorter with the model."""
+
+LONGEST = 1e7
+"""Seconds, a third of a year: longer ones are none that a lock can wait for."""
 
 Beat = Callable[[int, str], None]
 """Told of every phase that begins, with the number of its step."""
@@ -55,13 +61,15 @@ class Watchdog:
     folder: of the run. Signs of life are `beat`, `alive` and, in the phase "save", that files of this rank's checkpoint grow. Else
     the stacks of all threads of all ranks go to `folder`/stacks, and the processes end with exit code STUCK, after at most
     1.3 x `seconds` + GRACE; SLOW times `seconds` where that is said, and never more than `longest_patience`. A process that was
-    stopped as a whole, as by a debugger, has its time again when it goes on.
+    stopped as a whole, as by a debugger, has its time again when it goes on. Where C code keeps the interpreter, so that no thread
+    of Python runs, the stacks go to stderr after `seconds` + GRACE; a rank that is alone ends, with exit code 1, after SLOW times
+    `seconds` + GRACE.
     """
 
     def __init__(self, ctx: ParallelContext, folder: Path, seconds: float | None) -> None:
         self._rank, self._world, self._folder = ctx.rank, ctx.world, folder
         self._longest = longest_patience(ctx)
-        self._seconds = None if seconds is None else min(seconds, self._longest)
+        self._seconds = None if seconds is None else min(seconds, self._longest, LONGEST)
         self._at = (0, "start")
         self._first: int | None = None
         self._own = self._all = 0
@@ -89,6 +97,7 @@ class Watchdog:
         if self._seconds is not None:
             poll = self._seconds / LOOKS
             soon = min(poll, GRACE / HEARD)
+            self._arm(self._seconds)
             for work, *given in ((self._judge, soon, self._seconds), (self._exchange, poll), (self._listen, soon)):
                 self._threads.append(threading.Thread(target=work, args=given, name="watchdog", daemon=True))
                 self._threads[-1].start()
@@ -98,23 +107,37 @@ class Watchdog:
         if self._ending.is_set():
             # this rank's collective failed because another has left already: that is not the reason to be told
             time.sleep(2 * GRACE)
+        self.done()
+
+    def done(self) -> None:
+        """Ends the watch, before the context does."""
         self._ended.set()
         for thread in self._threads:  # one that is inside the store while the interpreter ends makes the process abort
             thread.join(1.0)
+        faulthandler.cancel_dump_traceback_later()
 
     def _judge(self, poll: float, seconds: float) -> None:
         """Touches nothing that could hang."""
         seen, heard = (-1, -1), time.monotonic()
         looked = heard
         while not self._ended.wait(poll):
+            self._arm(seconds)
             signs, now = (self._own, self._all), time.monotonic()
             if signs != seen or now - looked > poll + seconds / 2:
                 seen, heard = signs, now
             looked = now
             step, phase = self._at
-            patience = min(seconds * (SLOW if step == self._first or phase == "roll-back" else 1), self._longest)
+            slow = SLOW * seconds if step == self._first or phase in ("start", "roll-back") else seconds
+            patience = min(max(slow, START) if phase == "start" else slow, self._longest)
             if self._others_end or now - heard > patience:
                 self._end(now - heard)
+
+    def _arm(self, seconds: float) -> None:
+        """Has the thread of faulthandler, which needs no interpreter, watch those of Python. It cannot see that a process was
+        stopped."""
+        alone = self._world == 1
+        with suppress(RuntimeError):  # no thread can be started
+            faulthandler.dump_traceback_later(SLOW * seconds + GRACE if alone else seconds + GRACE, exit=alone, file=2)
 
     def _exchange(self, poll: float) -> None:
         """Adds this rank's signs of life to those of all, and hears of theirs."""

@@ -8,7 +8,7 @@ import pytest
 
 from longtrain.plan import make_plan
 from longtrain.plan.describe import describe
-from longtrain.plan.host import available_memory, copy_bytes, fits, lacks_disk
+from longtrain.plan.host import available_memory, copy_bytes, disk_bytes, fits, lacks_disk
 from longtrain.recipe.load import load_recipe
 
 GIB = 2**30
@@ -165,6 +165,11 @@ def test_a_disk_that_is_too_small_is_told_before_it_is_full(free: int, done: int
     overrides = ("parallel.cp=1", "training.batch_size=16", "training.steps=10000", "checkpoint.keep=2", "checkpoint.every=100")
     found = lacks_disk(make_plan(load_recipe("llama-7b-32k", overrides), 1, "cuda"), done, there, free * GIB)
     assert found is None if wanted is None else found is not None and wanted in found
+
+
+def test_what_stands_beside_the_tensors_is_little() -> None:
+    assert disk_bytes(30_000) < 2 << 20, "a small model fits a small disk"
+    assert disk_bytes(7 * 10**9) == 12 * 7 * 10**9 + (64 << 20)
 
 
 def test_without_checkpoints_no_disk_is_needed() -> None:

@@ -357,12 +357,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(small_disk: Path, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "OVERHEAD", 0)
+    monkeypatch.setattr(checkpoint, "disk_bytes", lambda elements: 0)
     save(small_disk, engine, make_state(1), keep=3)
-    monkeypatch.setattr(checkpoint, "OVERHEAD", 64 << 20)
+    monkeypatch.undo()
     with pytest.raises(CheckpointError, match=r"step-00000002: needs \d+ MiB, and \d+ MiB are free on its disk"):
         save(small_disk, engine, make_state(2), keep=3)
-    monkeypatch.setattr(checkpoint, "OVERHEAD", 0)
+    monkeypatch.setattr(checkpoint, "disk_bytes", lambda elements: 0)
 
     def fill() -> None:
         for number in range(2, 100):

@@ -48,6 +48,8 @@ def test_the_last_good_checkpoint_is_named(tmp_path: Path) -> None:
     # steps 5 and 6 were skipped: nobody knows about the weights after step 4
     with pytest.raises(TrainingError, match=r"step 6: the last 2 steps updated nothing.* last good checkpoint is .*step-00000002"):
         check_skips(Progress(6, skipped_in_row=2, sound=3), 2, tmp_path)
+    with pytest.raises(TrainingError, match=r"the newest checkpoint from before that is .*step-00000004"):
+        check_skips(Progress(6, skipped_in_row=2, sound=0), 2, tmp_path)
     with pytest.raises(TrainingError, match="there is no checkpoint from before that"):
         check_skips(Progress(6, skipped_in_row=5, sound=0), 2, tmp_path)
 

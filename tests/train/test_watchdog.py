@@ -30,7 +30,7 @@ from longtrain.train import watchdog as watchdog_module
 from longtrain.train.assemble import open_data
 from longtrain.train.resume import choose
 from longtrain.train.run import run_training
-from longtrain.train.watchdog import GRACE, LOOKS, STACKS, STUCK, Watchdog, longest_patience
+from longtrain.train.watchdog import GRACE, LOOKS, SLOW, STACKS, STUCK, Watchdog, longest_patience
 from tests.distributed import run_ranks, start_ranks
 from tests.one_rank import OneRank
 from tests.tiny import tiny_recipe, write_corpus
@@ -42,6 +42,7 @@ WITHIN = SECONDS * (1 + 3 / LOOKS) + GRACE
 PLACES: dict[str, tuple[Any, str, str, int]] = {
     "data": (Loader, "step", "data", 3),
     "collective": (Engine, "step", "update", 4),
+    "start": (Engine, "__init__", "start", 1),
 }
 
 
@@ -69,6 +70,7 @@ def _train(ctx: ParallelContext, overrides: Sequence[str], place: str | None, ma
 
     said = Path(f"{mark}-{ctx.rank}").open("w")  # noqa: SIM115 (the process may end here)
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()), redirect_stderr(said):
+        patch.setattr(watchdog_module, "START", 0.0)
         if last and place is not None:
             owner, name, _, call = PLACES[place]
             at(owner, name, call, 3600.0)
@@ -100,19 +102,20 @@ def test_a_stuck_rank_ends_both(tmp_path: Path, place: str) -> None:
         assert ready
         for process in ranks.processes:
             process.join(GRACE)
-        assert time.time() - float(mark.read_text()) < WITHIN
+        assert time.time() - float(mark.read_text()) < (SLOW if place == "start" else 1) * SECONDS * (1 + 3 / LOOKS) + GRACE
         assert [process.exitcode for process in ranks.processes] == [STUCK, STUCK]
     _, _, phase, _ = PLACES[place]
     said = [Path(f"{mark}-{rank}").read_text() for rank in range(2)]
+    step = 0 if place == "start" else 3
     files = sorted((tmp_path / "run" / STACKS).iterdir())
-    assert [path.name for path in files] == ["step-00000003-rank-00000.txt", "step-00000003-rank-00001.txt"]
+    assert [path.name for path in files] == [f"step-{step:08d}-rank-{rank:05d}.txt" for rank in range(2)]
     waiting, stuck = (path.read_text() for path in files)
-    assert stuck.startswith(f"rank 1: stuck at step 3, {phase}: ")
+    assert stuck.startswith(f"rank 1: stuck at step {step}, {phase}: ")
     assert "in outer" in stuck, "the main thread sleeps there"
     assert "_gather" in waiting or "distributed_c10d.py" in waiting, "the main thread is in a collective"
-    assert "loader" in stuck or "_worker" in stuck, "all threads are there"
+    assert place == "start" or "loader" in stuck or "_worker" in stuck, "all threads are there"
     for rank, path in enumerate(files):
-        assert said[rank].startswith(f"rank {rank}: stuck at step 3, ")
+        assert said[rank].startswith(f"rank {rank}: stuck at step {step}, ")
         assert f"stacks of its threads: {path}; ending with exit code {STUCK}" in said[rank]
     assert "no sign of life from any rank for " in said[0] + said[1]
 
@@ -287,3 +290,31 @@ def test_a_stopped_process_has_its_time_again(tmp_path: Path) -> None:
         time.sleep(2)
         process.send_signal(signal.SIGCONT)
         assert process.wait(30) == 0
+
+
+HOLDING = """
+import ctypes, sys
+from pathlib import Path
+from longtrain.train import watchdog
+from tests.one_rank import OneRank
+
+watchdog.GRACE = 0.5
+with watchdog.Watchdog(OneRank().ctx, Path(sys.argv[1]), 0.5) as watch:
+    watch.beat(1, "data")
+    ctypes.PyDLL(None).sleep(60)
+"""
+
+
+def test_a_process_whose_interpreter_is_held_ends_with_its_stack(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HOLDING, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
+    assert time.monotonic() - began < 45, "the sleep was not waited for"
+    assert done.returncode == 1
+    assert 'File "<string>", line 10 in <module>' in done.stderr
+
+
+def test_nothing_waits_longer_than_a_lock_can(tmp_path: Path) -> None:
+    with Watchdog(OneRank().ctx, tmp_path, 1e300) as watch:
+        time.sleep(2.0)
+        assert sum(thread.name == "watchdog" for thread in threading.enumerate()) == 2, "the third has nobody to listen to"
+    watch.done()
