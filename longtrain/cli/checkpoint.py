@@ -65,9 +65,9 @@ def list_checkpoints(
     """Lists the checkpoints of a run. Step, tokens, loss, size, ranks, and whether they are sound; exit code 2 where one is
     damaged, cannot be read or is of another version, and the files are named."""
     with refusals():
-        from longtrain.train.checkpoint_commands import aside, examine, find, refuse_unsound, table
+        from longtrain.train.checkpoint_commands import aside, examine_all, refuse_unsound, table
 
-        entries = [examine(path, content=check) for path in find(run)]
+        entries = examine_all(run, content=check)
         table_console().print(table(entries, verified=check))
         if remark := aside(run):
             say(remark)
@@ -84,6 +84,9 @@ def verify_checkpoints(run: RunArgument) -> None:
         entries: list[Entry] = []
         for path in find(run):
             entry = examine(path, content=True)
+            if entry is None:
+                say(f"{path}: deleted meanwhile")
+                continue
             say(f"{path}: {entry.state('verified')}")
             entries.append(entry)
         refuse_unsound(entries)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from longtrain.errors import CheckpointError
 from longtrain.train.checkpoint_folder import complete, delete, found_aside, is_checkpoint, problems
 from longtrain.train.checkpoint_format import (
     DAMAGED,
+    GoneError,
     OtherVersionError,
     UnreadableError,
     read_manifest,
@@ -98,9 +101,19 @@ def aside(path: Path) -> str | None:
     """What is to be said of checkpoints that a run at `path` went back past and set aside, None where there are none."""
     if not (found := found_aside(_folder(path))):
         return None
-    size = sum(file.stat().st_size for step in found for file in step.rglob("*") if file.is_file())
+    size = sum(_size(step) for step in found)
     names = ", ".join(step.name for step in found)
     return f"set aside, {size / 2**20:,.1f} MiB: {names}; `longtrain checkpoint prune` deletes what was set aside"
+
+
+def _size(folder: Path) -> int:
+    """Bytes of all files below a folder that may be deleted meanwhile."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.lstat(Path(place, name)).st_size
+    return size
 
 
 def is_ours(path: Path) -> bool:
@@ -130,13 +143,27 @@ def _lines(found: Iterable[CheckpointError]) -> list[str]:
     return without_advice(str(problem) for problem in found)
 
 
-def examine(path: Path, *, content: bool) -> Entry:
-    """One checkpoint, read as far as it can be. content: whether to read every byte; else only what tells of torn files."""
-    found = tuple(problems(path, content=content))
+def examine_all(path: Path, *, content: bool) -> list[Entry]:
+    """Every checkpoint of `find` that is still there once it is read, and at least one; content: as for `examine`."""
+    while True:
+        entries = [examine(step, content=content) for step in find(path)]
+        # a run may meanwhile have saved others, and deleted all that were there
+        if left := [entry for entry in entries if entry is not None]:
+            return left
+
+
+def examine(path: Path, *, content: bool) -> Entry | None:
+    """One checkpoint, read as far as it can be; None where it was deleted meanwhile. content: whether to read every byte; else only
+    what tells of torn files."""
+    try:
+        found = tuple(problems(path, content=content))
+    except GoneError:
+        return None
     try:
         manifest, state = read_manifest(path), read_state(path)
     except CheckpointError:
-        return Entry(path, found)
+        # right a moment ago: it is another one by now, or none
+        return Entry(path, found) if found else examine(path, content=content)
     return Entry(path, found, manifest.step, state.tokens, state.loss, manifest.bytes, manifest.world, manifest.stage)
 
 
@@ -158,29 +185,39 @@ def prune(path: Path, keep: int, *, dry_run: bool = False) -> Iterator[tuple[Pat
     """Deletes all but the `keep` newest checkpoints of a run of which every byte is right; yields each that goes, or that stays and
     is not known to be right, whether it goes, and why.
 
-    Damaged ones go too, and what was set aside. Raises CheckpointError, and deletes nothing, where none is right.
+    Damaged ones go too, and what was set aside. What a run in training deletes meanwhile is passed over. Raises CheckpointError,
+    and deletes nothing, where none is right.
     """
     if keep < 1:
         raise CheckpointError(f"--keep {keep}: keep at least 1")
     if is_checkpoint(path):
         raise CheckpointError(f"{path}: is one checkpoint; name the folder of its run")
-    good, answers, wrong = 0, [], []
-    for step in reversed(find(path)):
-        if good == keep:
-            answers.append((step, True, "a newer one is right" if keep == 1 else f"{keep} newer ones are right"))
-        elif found := problems(step):
-            verdict = judge(found)
-            answers.append((step, verdict is DAMAGE, verdict.reason))
-            wrong += found
-        else:
-            good += 1
-    if not good:
-        raise CheckpointError("\n".join([*_lines(wrong), f"{path}: not one checkpoint is right, so that nothing was deleted"]))
+    while True:
+        good, answers, wrong, gone = 0, [], [], False
+        for step in reversed(find(path)):
+            if good == keep:
+                answers.append((step, True, "a newer one is right" if keep == 1 else f"{keep} newer ones are right"))
+                continue
+            try:
+                found = problems(step)
+            except GoneError:
+                gone = True
+                continue
+            if found:
+                verdict = judge(found)
+                answers.append((step, verdict is DAMAGE, verdict.reason))
+                wrong += found
+            else:
+                good += 1
+        if good:
+            break
+        if not gone:  # else a newer one may be there by now
+            raise CheckpointError("\n".join([*_lines(wrong), f"{path}: not one checkpoint is right, so that nothing was deleted"]))
     for step in found_aside(_folder(path)):
-        found = problems(step, content=False)
-        spared = bool(found) and judge(found) is not DAMAGE
-        answers.append((step, not spared, judge(found).reason if spared else "was set aside"))
+        with suppress(GoneError):
+            found = problems(step, content=False)
+            spared = bool(found) and judge(found) is not DAMAGE
+            answers.append((step, not spared, judge(found).reason if spared else "was set aside"))
     for step, goes, reason in answers:
-        if goes and not dry_run:
-            delete(step)
-        yield step, goes, reason
+        if not goes or dry_run or delete(step):
+            yield step, goes, reason

@@ -12,6 +12,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from longtrain.train.checkpoint_format import (
     MANIFEST,
     STATE,
     STEP_FOLDER,
+    GoneError,
     Manifest,
     UnreadableError,
+    content_of,
     read_manifest,
     read_state,
 )
@@ -80,8 +83,9 @@ def resolve(path: Path) -> Path:
 
 
 def digest_of(step: Path) -> str:
-    """A digest of all that a step folder holds: its manifest has the digest of every file."""
-    return hashlib.sha256((step / MANIFEST).read_bytes()).hexdigest()
+    """A digest of all that a step folder holds: its manifest has the digest of every file. Raises as
+    `content_of`."""
+    return hashlib.sha256(content_of(step / MANIFEST)).hexdigest()
 
 
 def check_files(step: Path, manifest: Manifest, names: Iterable[str], *, content: bool = True) -> None:
@@ -101,7 +105,7 @@ def _wrong_files(step: Path, manifest: Manifest, names: Iterable[str], content: 
         try:
             found = path.stat()
             if not stat.S_ISREG(found.st_mode):
-                return CheckpointError(f"{path}: missing; {DAMAGED}")
+                return CheckpointError(f"{path}: is no file; {DAMAGED}")
             if found.st_size != entry.size:
                 return CheckpointError(f"{path}: {found.st_size} bytes instead of {entry.size}; {DAMAGED}")
             if content and sha256_of(path) != entry.sha256:
@@ -119,8 +123,28 @@ def problems(step: Path, *, content: bool = True) -> list[CheckpointError]:
     """What is wrong with a step folder, one for every file; nothing where it is sound.
 
     UnreadableError or OtherVersionError where that is all that is known of a file; any other says that it is damaged. content: as
-    for `check_files`.
+    for `check_files`. Raises GoneError where it is not there, or no longer: a run that goes on deletes its older ones.
     """
+    before = _identity(step)
+    found = _problems(step, content)
+    if found and _identity(step) != before:
+        # of two folders that had the same name in turn; the newer one has said nothing yet
+        return problems(step, content=content)
+    return found
+
+
+def _identity(step: Path) -> tuple[int, int] | None:
+    """Equal as long as a step folder is the same one; None where the system does not say. Raises GoneError where there is none."""
+    try:
+        found = step.stat()
+    except FileNotFoundError as error:
+        raise GoneError(f"{step}: deleted meanwhile") from error
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _problems(step: Path, content: bool) -> list[CheckpointError]:
     try:
         manifest = read_manifest(step)
         found = _wrong_files(step, manifest, sorted(manifest.files), content)
@@ -150,8 +174,10 @@ def verify(path: Path) -> Manifest:
 
 def check_ranges(step: Path, manifest: Manifest) -> None:
     """Opens every rank file, and reads none. Raises CheckpointError that names the file that is no safetensors file of ranges, or
-    the parameter of which elements are in none."""
+    the parameter of which elements are in none, or that the manifest lacks."""
     pieces = Pieces(step, manifest)
+    if unknown := pieces.parameters - manifest.parameters.keys():
+        raise CheckpointError(f"{step / MANIFEST}: lacks parameter {min(unknown)}, of which its files hold ranges; {DAMAGED}")
     for name, entry in manifest.parameters.items():
         if prod(entry.shape) != entry.numel:
             raise CheckpointError(f"{step / MANIFEST}: parameter {name} of shape {entry.shape} cannot have {entry.numel} elements")
@@ -182,9 +208,14 @@ class Pieces:
         for pieces in self._index.values():
             pieces.sort()
 
+    @property
+    def parameters(self) -> set[str]:
+        """Of which there are ranges."""
+        return {parameter for _, parameter in self._index}
+
     def _add(self, file: str) -> None:
         try:
-            handle = self._files[file] = safe_open(self._step / file, framework="pt")
+            handle = self._files[file] = _open(self._step / file)
             for key in handle.keys():  # noqa: SIM118 (not a mapping)
                 match, values = re.fullmatch(r"([a-z_]+)/(.+)@(\d{1,18})", key), handle.get_slice(key)
                 shape = values.get_shape()
@@ -194,7 +225,7 @@ class Pieces:
                 end = start + shape[0]
                 self._index.setdefault((kind, parameter), []).append((start, end, file, key))
         except OSError as error:
-            raise UnreadableError(f"{self._step / file}: cannot be read: {error}") from error
+            raise UnreadableError(f"{self._step / file}: cannot be read: {error.strerror or error}") from error
         except SafetensorError as error:
             raise CheckpointError(f"{self._step / file}: not readable: {error}") from error
 
@@ -222,30 +253,54 @@ class Pieces:
             out[low - start : high - start].copy_(values)
 
 
+def _open(path: Path) -> Any:
+    """A safetensors file. Raises OSError where the system does not let us open it."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, RuntimeError):
+        # safetensors calls every refusal a missing file, and torch, which opens the file once more, calls it a RuntimeError
+        with path.open("rb"):
+            raise
+
+
 def publish(temporary: Path, final: Path) -> None:
     """Make a finished folder appear under its name, on disk. At every moment one of the two is a whole checkpoint."""
     sync_path(temporary)
     replaced = final.with_name(final.name + ".replaced")
-    if final.exists():
-        # saved before and now again; a rename cannot replace a folder that is not empty
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(final):
+        # saved before and now again; a rename cannot replace a folder that is not empty, nor a file
+        _remove(replaced)
         final.rename(replaced)
     try:
         temporary.rename(final)
     except OSError:
-        if replaced.exists():
+        if os.path.lexists(replaced):
             replaced.rename(final)
         raise
     sync_path(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
 
 
-def delete(step: Path) -> None:
-    """Delete a checkpoint so that a kill in the middle does not leave something that looks like one."""
+def delete(step: Path) -> bool:
+    """Delete a checkpoint so that a kill in the middle does not leave something that looks like one. Whether it was still there: a
+    run and `longtrain checkpoint prune` may delete the same one."""
     doomed = step.with_name(step.name + ".deleted.tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    step.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed)
+    try:
+        step.rename(doomed)
+    except FileNotFoundError:
+        return False
+    _remove(doomed)
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder and all that is in it, or what else has taken its name; as far as the system lets us."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def set_aside(step: Path) -> Path:
@@ -264,10 +319,10 @@ def found_aside(folder: Path) -> list[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Delete what dead runs left half written. For the main rank, at start, before anything is saved."""
     for leftover in folder.glob("step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        _remove(leftover)
     for replaced in folder.glob("step-*.replaced"):
         final = replaced.with_name(replaced.name.removesuffix(".replaced"))
-        if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(final):
+            _remove(replaced)
         else:
             replaced.rename(final)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+import stat
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +22,12 @@ STEP_FOLDER = re.compile(r"step-(\d{8,})(\.replaced)?")
 UNSIGNED = "0" * 64
 _OWN_DIGEST = re.compile(rb'"sha256": "([0-9a-f]{64})"')
 
+_OTHER_FIELDS = {"extra_forbidden", "missing", "literal_error"}
+"""Pydantic's names of what tells an object of other fields from one of ours with a value that cannot be."""
+
+# what float64, and with it every reader of JSON, counts exactly
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
@@ -32,8 +39,12 @@ class OtherVersionError(CheckpointError):
     """A file of a checkpoint that is what was written, and not by this version of longtrain."""
 
 
+class GoneError(CheckpointError):
+    """A checkpoint that was deleted or renamed while it was read, as a run in training does with its older ones: no damage."""
+
+
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Origin(_Strict):
@@ -54,16 +65,16 @@ class TrainState(_Strict):
     checkpoints. scaler and versions are filled in by the save.
     """
 
-    step: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    cursor: int = Field(ge=0)
-    skipped: int = Field(default=0, ge=0)
-    skipped_in_row: int = Field(default=0, ge=0)
-    spikes: int = Field(default=0, ge=0)
-    roll_backs: int = Field(default=0, ge=0)
-    sound: int | None = Field(default=None, ge=0)
+    step: Count
+    tokens: Count
+    cursor: Count
+    skipped: Count = 0
+    skipped_in_row: Count = 0
+    spikes: Count = 0
+    roll_backs: Count = 0
+    sound: Count | None = None
     loss: float | None = None
-    loss_count: int = Field(default=0, ge=0)
+    loss_count: Count = 0
     loss_mean: float = 0.0
     loss_variance: float = Field(default=0.0, ge=0)
     recipe: str
@@ -83,17 +94,17 @@ class TrainState(_Strict):
 class FileEntry(_Strict):
     """A file of a checkpoint."""
 
-    size: int = Field(ge=0)
+    size: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class ParameterEntry(_Strict):
     """A whole parameter; dtype is the one the model computes with, the ranges are always fp32."""
 
-    shape: list[int]
-    numel: int = Field(ge=0)
+    shape: list[Count]
+    numel: Count
     dtype: str
-    adam_step: int = Field(ge=0)
+    adam_step: Count
 
 
 class _Unsigned(BaseModel):
@@ -112,12 +123,12 @@ class Manifest(_Strict):
     version: Literal[2] = 2
     # before `files`, so that it is the first of its name in the text
     sha256: str = UNSIGNED
-    step: int = Field(ge=0)
-    world: int = Field(ge=1)
+    step: Count
+    world: Count = Field(ge=1)
     stage: int = Field(ge=0, le=3)
     recipe_sha256: str
     files: dict[str, FileEntry]
-    parameters: dict[str, ParameterEntry]
+    parameters: dict[str, ParameterEntry] = Field(min_length=1)
 
     @property
     def bytes(self) -> int:
@@ -135,7 +146,7 @@ def read_manifest(step: Path) -> Manifest:
     """The manifest of a step folder. Raises CheckpointError where it is missing, truncated, changed, of something else or of
     another step than its folder is called after; UnreadableError and OtherVersionError as they say."""
     path = step / MANIFEST
-    text = _content(path)
+    text = content_of(path)
     own = _OWN_DIGEST.search(text)
     signed = own is not None and _signed(text, UNSIGNED)[0] == own[1].decode()
     manifest = parse(path, text, Manifest, as_written=signed or _is_version_1(text))
@@ -143,9 +154,11 @@ def read_manifest(step: Path) -> Manifest:
         raise CheckpointError(f"{path}: does not match its own SHA-256; {DAMAGED}")
     foreign = [name for name in manifest.files if name != STATE and not re.fullmatch(r"rank-\d{5}(-\d{5})?\.safetensors", name)]
     if foreign or STATE not in manifest.files:
-        raise OtherVersionError(
-            f"{path}: field files is not that of a checkpoint: {', '.join(foreign) or 'no ' + STATE}; {_OTHER_VERSION}"
-        )
+        raise CheckpointError(f"{path}: field files is not that of a checkpoint: {', '.join(foreign) or 'no ' + STATE}; {DAMAGED}")
+    steps = {entry.adam_step: name for name, entry in manifest.parameters.items()}
+    if len(steps) > 1:
+        found = " and ".join(f"{step} of {name}" for step, name in list(steps.items())[:2])
+        raise CheckpointError(f"{path}: field adam_step is not one number for all parameters: {found}; {DAMAGED}")
     named = STEP_FOLDER.fullmatch(step.name)
     if named and int(named[1]) != manifest.step:
         raise CheckpointError(f"{path}: is of step {manifest.step}, and its folder, {step.name}, was copied or renamed; {DAMAGED}")
@@ -166,12 +179,14 @@ def _signed(text: bytes, digest: str) -> tuple[str, bytes]:
 
 def read_state(step: Path) -> TrainState:
     """state.json of a step folder. Raises CheckpointError where it is missing, truncated, of something else, or of another recipe
-    than the manifest says, and whatever `read_manifest` raises; UnreadableError and OtherVersionError as they say."""
+    or step than the manifest says, and whatever `read_manifest` raises; UnreadableError and OtherVersionError as they say."""
     manifest, path = read_manifest(step), step / STATE
-    text = _content(path)
+    text = content_of(path)
     state = parse(path, text, TrainState, as_written=hashlib.sha256(text).hexdigest() == manifest.files[STATE].sha256)
     if state.recipe_sha256 != manifest.recipe_sha256:
         raise CheckpointError(f"{path}: its recipe is not the one of {MANIFEST} (recipe_sha256); {DAMAGED}")
+    if state.step != manifest.step:
+        raise CheckpointError(f"{path}: is of step {state.step}, and {MANIFEST} of step {manifest.step}; {DAMAGED}")
     return state
 
 
@@ -186,9 +201,12 @@ def _encoded(model: BaseModel) -> bytes:
     return (model.model_dump_json(indent=1) + "\n").encode()
 
 
-def _content(path: Path) -> bytes:
+def content_of(path: Path) -> bytes:
     """Of a file that a checkpoint must have. Raises CheckpointError where it is missing, UnreadableError as it says."""
     try:
+        # a named pipe would be waited for, and a device read, for ever
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: is no file; {DAMAGED}")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; {DAMAGED}") from error
@@ -206,13 +224,15 @@ def _is_version_1(text: bytes) -> bool:
 
 def parse(path: Path, text: bytes, kind: type[Parsed], *, as_written: bool) -> Parsed:
     """The text of a JSON file as `kind`. as_written: whether no byte of it was changed. Raises CheckpointError that names the file
-    and the field: OtherVersionError where the text is an unchanged object of other fields."""
+    and the field: OtherVersionError where the text is an unchanged object of other fields, or of another version of them."""
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
+        found = error.errors()
+        other = [problem for problem in found if problem["type"] in _OTHER_FIELDS] if as_written else []
+        first = (other or found)[0]
         field = ".".join(str(part) for part in first["loc"])
         problem = f"{path}: {field or 'the file'}: {first['msg']}"
-        if as_written and field:
+        if other:
             raise OtherVersionError(f"{problem}; {_OTHER_VERSION}") from error
-        raise CheckpointError(f"{problem}; truncated or changed; {DAMAGED}") from error
+        raise CheckpointError(f"{problem}; {'' if as_written else 'truncated or changed; '}{DAMAGED}") from error

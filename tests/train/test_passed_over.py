@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from longtrain.data.mixture import Split
 from longtrain.errors import CheckpointError
 from longtrain.parallel.context import ParallelContext
 from longtrain.plan import make_plan
@@ -29,20 +28,15 @@ from longtrain.train.checkpoint_folder import complete, damage, problems
 from longtrain.train.checkpoint_format import (
     MANIFEST,
     STATE,
-    Manifest,
     OtherVersionError,
     UnreadableError,
     read_manifest,
     read_state,
-    write_manifest,
 )
-from longtrain.train.resume import CHECKPOINTS, choose, confirm, state_of
-from longtrain.train.state import Progress
+from longtrain.train.resume import CHECKPOINTS, choose, confirm
+from tests.chain import TENSORS, Chain, rewrite, sign
 from tests.distributed import run_ranks
-from tests.one_rank import OneRank
 from tests.tiny import tiny_recipe, write_corpus
-
-TENSORS = "rank-00000.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -50,59 +44,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("data") / "data", 7)
 
 
-class Chain:
-    """The folder of a run with checkpoints 1, 2 and 3, the last of which may be of another recipe."""
-
-    def __init__(self, folder: Path, data: Path, *last: str) -> None:
-        self.overrides = (f"data.path={data}", f"output={folder}")
-        self.engine: Any = OneRank()
-        self.recipe = tiny_recipe(*self.overrides)
-        self.split: Split = open_data(make_plan(self.recipe, 1, "cpu"))[0]
-        self.steps = []
-        for step in (1, 2, 3):
-            recipe = tiny_recipe(*self.overrides, *(last if step == 3 else ()))
-            state = state_of(recipe, self.split, Progress(step), None)
-            self.steps.append(checkpoint.save(folder / CHECKPOINTS, self.engine, state, keep=3))
-
-    def start(self, wanted: str = "auto", *, force: bool = False) -> Any:
-        return confirm(self.engine.ctx, choose(self.recipe, self.split, wanted, force=force))
-
-
 def _flip(step: Path) -> None:
     content = (step / TENSORS).read_bytes()
     (step / TENSORS).write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
 
 
-def _sign(step: Path, **fields: Any) -> None:
-    """The manifest with other fields."""
-    text = json.loads((step / MANIFEST).read_text()) | fields
-    write_manifest(step / MANIFEST, Manifest.model_validate(text))
-
-
-def _rewrite(content: bytes, name: str = TENSORS) -> Callable[[Path], None]:
-    """A rank file that is something else, rightly signed."""
-
-    def change(step: Path) -> None:
-        (step / name).write_bytes(content)
-        files = json.loads((step / MANIFEST).read_text())["files"]
-        _sign(step, files=files | {name: {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
-
-    return change
-
-
 def _misshape(step: Path) -> None:
     parameters = json.loads((step / MANIFEST).read_text())["parameters"]
     parameters["a"]["shape"] = [2, 4]
-    _sign(step, parameters=parameters)
+    sign(step, parameters=parameters)
 
 
 def _holding(name: str, values: Tensor) -> Callable[[Path], None]:
-    return _rewrite(save({name: values}))
+    return rewrite(save({name: values}))
 
 
 SIGNED: dict[str, tuple[Callable[[Path], None], str]] = {
-    "empty": (_rewrite(b""), f"{TENSORS}: not readable"),
-    "header": (_rewrite(b"\xff" * 64), f"{TENSORS}: not readable"),
+    "empty": (rewrite(b""), f"{TENSORS}: not readable"),
+    "header": (rewrite(b"\xff" * 64), f"{TENSORS}: not readable"),
     "no range": (_holding("a", torch.ones(6)), f"{TENSORS}: tensor 'a' is not a flat fp32 range of a parameter"),
     "endless place": (_holding(f"master/a@{'9' * 5000}", torch.ones(6)), "is not a flat fp32 range of a parameter"),
     "number": (_holding("master/a@0", torch.tensor(1.0)), f"{TENSORS}: tensor 'master/a@0' is not a flat fp32 range"),
@@ -247,7 +206,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_damaged(tmp_path: Path, 
 
 def _future_state(step: Path) -> None:
     """A state.json with a field that this version does not know, rightly signed."""
-    _rewrite(json.dumps(json.loads((step / STATE).read_text()) | {"novelty": 1}).encode(), STATE)(step)
+    rewrite(json.dumps(json.loads((step / STATE).read_text()) | {"novelty": 1}).encode(), STATE)(step)
 
 
 def _future_manifest(step: Path) -> None:
@@ -288,7 +247,7 @@ def test_a_checkpoint_from_before_runs_told_where_they_began(tmp_path: Path, dat
     third = Chain(tmp_path / "run", data).steps[-1]
     fields = json.loads((third / STATE).read_text())
     assert fields.pop("origin") is None
-    _rewrite(json.dumps(fields).encode(), STATE)(third)
+    rewrite(json.dumps(fields).encode(), STATE)(third)
     assert damage(third) == []
     assert read_state(third).origin is None
     assert read_manifest(third).step == 3
