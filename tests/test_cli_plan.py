@@ -48,7 +48,7 @@ def test_rings_over_machines_are_told() -> None:
     [
         (
             ("--ranks", "24", "--set", "device=cuda"),
-            "32k.yaml:29: parallel.cp: auto finds none for 24 ranks that keeps rings inside",
+            "32k.yaml:31: parallel.cp: auto finds none for 24 ranks that keeps rings inside",
         ),
         (
             ("--ranks", "24", "--ranks-per-host", "5", *BATCH),
