@@ -35,8 +35,8 @@ def test_a_moved_run_does_not_begin_again(place: str) -> None:
     for arguments in ((), ("--set", "name=other"), ("--until", "4")):
         code, text = _from(recipe, *arguments)
         assert code == 2
-        assert f"{recipe}:4: output: the checkpoints of this recipe's run are in {place}, " in text
-        assert f"it would begin again in run; to go on, give --set {setting}; to begin another run" in text
+        assert f"{recipe}:4: output: {place} holds this recipe and checkpoints, " in text
+        assert f"its run would begin again in run; to go on from them, give --set {setting}; to begin another run" in text
     assert snapshot() == before
     code, text = _from(recipe, "--set", f"output={place}")
     assert code == 0, text
@@ -58,7 +58,7 @@ def test_nor_does_one_seen_from_another_working_folder(monkeypatch: pytest.Monke
     code, text = _from("recipe.yaml")
     assert code == 2
     # the folder of a run is none to work in
-    assert f"to go on, give --set output={run} in a folder outside it;" in text
+    assert f"to go on from them, give --set output={run} in a folder outside it;" in text
 
 
 def test_what_a_person_asked_for_is_done() -> None:
@@ -76,7 +76,7 @@ def test_what_a_person_asked_for_is_done() -> None:
 def test_a_name_is_asked_for_where_it_names_the_folder() -> None:
     recipe = Path("run/recipe.yaml")
     recipe.write_text(recipe.read_text().replace("output: run\n", "output: null\n"))
-    assert "it would begin again in runs/tiny;" in _from(str(recipe))[1]
+    assert "its run would begin again in runs/tiny;" in _from(str(recipe))[1]
     code, text = _from(str(recipe), "--set", "name=other")
     assert code == 0, text
     assert Path("runs/other/checkpoints").is_dir()

@@ -85,7 +85,7 @@ def _check_own_folder(recipe: Recipe, file: Path, written: Written) -> None:
     inside = Path.cwd().is_relative_to(place.resolve())
     setting = shlex.quote(f"output={place.resolve() if inside else place}")
     raise LaunchError(
-        f"output: the checkpoints of this recipe's run are in {place}, and it would begin again in {folder}; to go on, give "
+        f"output: {place} holds this recipe and checkpoints, and its run would begin again in {folder}; to go on from them, give "
         f"--set {setting}{' in a folder outside it' if inside else ''}; to begin another run, set another name or output"
     )
 

@@ -122,13 +122,13 @@ def disk_bytes(parameters: int) -> int:
     return tensors + min(64 << 20, (1 << 20) + tensors // 50)
 
 
-def lacks_disk(plan: Plan, done: int, there: int, free: int) -> str | None:
-    """What a disk with so many `free` bytes lacks for the checkpoints to come of a run that is `done` steps far and has so many of
-    them `there`; None where it takes them all."""
+def lacks_disk(plan: Plan, steps: int, there: int, free: int) -> str | None:
+    """What a disk with so many `free` bytes lacks for the checkpoints of so many `steps` to come, of a run that has so many of them
+    `there`; None where it takes them all."""
     checkpoint, size = plan.recipe.checkpoint, SAVED * plan.parameters
     if checkpoint.every is None:
         return None
-    saves = math.ceil((plan.recipe.training.steps - done) / checkpoint.every)
+    saves = math.ceil(steps / checkpoint.every)
     # an old one gives way once the new one is there
     coming = min(saves, max(1, checkpoint.keep + 1 - there))
     if free >= coming * disk_bytes(plan.parameters):

@@ -15,12 +15,11 @@ ADVICE = (
 )
 
 # how the names end that are given to secrets; key_value_heads, tokens and tokenizer do not
-_KEY = (
-    r"(?:(?:api|access|private|secret|auth|account|client|encryption|master|signing|storage)[_-]?key"
-    r"|(?-i:[A-Z0-9]_KEY)|secret)['\"]?"
-)
-_TOKEN = r"token['\"]?"
+_KEY = r"(?:(?:api|access|private|secret|auth|account|client|encryption|master|signing|storage)[_-]?key)['\"]?"
+# these are said of other things too: what follows must look like no word
+_TOKEN = r"(?:token|secret|(?-i:[A-Z0-9]_KEY))['\"]?"
 _QUOTED = r" *['\"]?"
+_NO_WORD = r"(?:\S*\d|[^\s/]{16})"
 
 # each with one group: what is secret
 _LOOKS = tuple(
@@ -29,9 +28,9 @@ _LOOKS = tuple(
         # the user of an address
         r"://([^/\s@]+)@",
         # an assignment, as in a shell or in the query of an address
-        rf"(?i)(?:{_KEY}|{_TOKEN}|signature|credentials?|[?&]sig) *={_QUOTED}([^\s&]{{8,}})",
+        rf"(?i)(?:{_KEY}|{_TOKEN}(?= *={_QUOTED}{_NO_WORD})|signature|credentials?|[?&]sig) *={_QUOTED}([^\s&]{{8,}})",
         # the same as YAML, JSON or a header has it; what follows a name in `hf:NAME:CONFIG` is none, nor a word after `next-token:`
-        rf"(?i)(?<![\w./:-])[\w-]*(?:{_KEY}|{_TOKEN}(?= *:{_QUOTED}(?:\S*\d|\S{{16}}))) *:{_QUOTED}([^\s&]{{8,}})",
+        rf"(?i)(?<![\w./:-])[\w-]*(?:{_KEY}|{_TOKEN}(?= *:{_QUOTED}{_NO_WORD})) *:{_QUOTED}([^\s&]{{8,}})",
         # people choose short ones; `password: unknown key` is what a recipe with such a key is told
         rf"(?i)passw(?:or)?d['\"]? *[=:](?! *unknown key){_QUOTED}([^\s&]{{6,}})",
         r"(?i)\bbearer +((?=\S*\d)[\w.~+/-]{12,}=*|[\w.~+/-]{16,}=*)",
@@ -40,8 +39,10 @@ _LOOKS = tuple(
         r"\b(wandb_v\d+_\w{20,}|[rs]k_(?:live|test)_[A-Za-z0-9]{16,}|gsk_[A-Za-z0-9]{30,}|dckr_[op]at_[\w-]{20,})",
         r"\b(AIza[\w-]{20,}|ya29\.[\w.-]{20,}|GOCSPX-[\w-]{20,}|nvapi-[\w-]{20,}|pypi-Ag[\w-]{20,})",
         r"\b(sk-(?:proj|svcacct|admin|ant)-[\w-]{20,}|sk-[A-Za-z0-9]{40,})",
-        # of other makers; in names that begin so, such as sk-learn-data-of-2024, hyphens are closer together
-        r"(?<![\w./-])(sk-(?:[\w-]*-)?(?:(?=[A-Za-z]*[0-9])[A-Za-z0-9]{16,}|[A-Za-z0-9]{24,})[\w-]*)",
+        # of other makers: in names that begin so, such as sk-learn-data-of-2024, hyphens are closer together, and letters do not
+        # change to digits, or small ones to capitals, again and again
+        r"(?<![\w./-])(sk-(?:[\w-]*-)?(?:(?=[A-Za-z]*[0-9]+[A-Za-z]+[0-9])[A-Za-z0-9]{16,}"
+        r"|(?=(?:[A-Za-z0-9]*?[a-z][A-Z]){3})[A-Za-z0-9]{24,})[\w-]*)",
         # 40 hexadecimal digits that stand alone are an older key of wandb's; behind a name, `@` or `/` they are a commit
         r"(?:(?<![^\s'\"\[{(,])|\blocal-|--set [\w.-]+=)([0-9a-fA-F]{40})(?=:?(?:[\s'\"\]}),;]|$))",
         # a JSON web token (RFC 7519), whole or cut short

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from longtrain.attention import Attend
 from longtrain.data.loader import Loader
@@ -153,19 +156,39 @@ def open_weights(plan: Plan, start: Start) -> Pretrained | None:
     return open_pretrained(Path(init), plan.model)
 
 
-def first_values(plan: Plan, ctx: ParallelContext, start: Start) -> Callable[[Any, Gathered], None]:
-    """What fills a decoder before training: the weights of `open_weights`, or random values."""
+def first_values(
+    plan: Plan, ctx: ParallelContext, start: Start, alive: Callable[[], None] = lambda: None
+) -> Callable[[Any, Gathered], None]:
+    """What fills a decoder before training: the weights of `open_weights`, or random values. alive: called before each
+    parameter."""
     weights, seed = open_weights(plan, start), plan.recipe.seed
+
+    def telling(gathered: Gathered) -> Gathered:
+        def whole(parameter: nn.Parameter) -> AbstractContextManager[Any]:
+            alive()
+            return gathered(parameter)
+
+        return whole
+
     if weights is None:
-        return lambda decoder, gathered: initialise(decoder, seed, gathered)
+        return lambda decoder, gathered: initialise(decoder, seed, telling(gathered))
     extend = plan.recipe.model.positions.extend.value
     # of the other ranks the values are not used: see `build_model`
     reads = ctx.is_main
-    return lambda decoder, gathered: load_pretrained(decoder, weights, gathered, seed=seed, extend=extend, reads=reads)
+    return lambda decoder, gathered: load_pretrained(decoder, weights, telling(gathered), seed=seed, extend=extend, reads=reads)
 
 
-def assemble(plan: Plan, ctx: ParallelContext, split: Split, start: Start, *, verified: bool = False) -> Run:
-    """Model, engine and loader of one rank, restored as `start` says. A collective of all ranks. verified: as for `restore`."""
+def assemble(
+    plan: Plan,
+    ctx: ParallelContext,
+    split: Split,
+    start: Start,
+    *,
+    verified: bool = False,
+    alive: Callable[[], None] = lambda: None,
+) -> Run:
+    """Model, engine and loader of one rank, restored as `start` says. A collective of all ranks. verified, alive: as for `restore`
+    and `first_values`."""
     recipe = plan.recipe
     loader = Loader(
         split,
@@ -182,7 +205,7 @@ def assemble(plan: Plan, ctx: ParallelContext, split: Split, start: Start, *, ve
         ctx,
         recipe.zero.stage,
         plan.dtype,
-        first_values(plan, ctx, start),
+        first_values(plan, ctx, start, alive),
     )
     engine = Engine(
         model,
@@ -193,7 +216,8 @@ def assemble(plan: Plan, ctx: ParallelContext, split: Split, start: Start, *, ve
         betas=recipe.optimizer.betas,
         eps=recipe.optimizer.eps,
     )
-    progress = Progress() if start.checkpoint is None else restore(engine, start.checkpoint, verified=verified)
+    alive()
+    progress = Progress() if start.checkpoint is None else restore(engine, start.checkpoint, verified=verified, alive=alive)
     return Run(plan, ctx, engine, split, loader, Path(recipe.run_folder), progress=progress, origin=start.origin)
 
 

@@ -238,13 +238,13 @@ def save(folder: Path, engine: Engine, state: TrainState, keep: int) -> Path:
     return saved.path
 
 
-def load(path: Path, engine: Engine, *, verified: bool = False) -> TrainState:
+def load(path: Path, engine: Engine, *, verified: bool = False, alive: Callable[[], None] = lambda: None) -> TrainState:
     """Restore weights, moments, Adam's step and the loss scale from a step folder, or from the newest one under `path`.
 
     A collective of all ranks. The engine may have another world size or ZeRO stage than the one that saved. Whether the returned
-    state belongs to the same recipe is for the caller to decide. verified: `check_together` has just run. Raises CheckpointError
-    on every rank if the checkpoint is missing, damaged, incomplete, of another model or not the same one on all ranks; the engine
-    may then hold parts of it.
+    state belongs to the same recipe is for the caller to decide. verified: `check_together` has just run. alive: called before
+    each file and each range that this rank reads. Raises CheckpointError on every rank if the checkpoint is missing, damaged,
+    incomplete, of another model or not the same one on all ranks; the engine may then hold parts of it.
     """
     ctx = engine.ctx
     loaded: list[tuple[Manifest, TrainState]] = []
@@ -252,13 +252,18 @@ def load(path: Path, engine: Engine, *, verified: bool = False) -> TrainState:
     def read() -> list[Any]:
         step = resolve(path)
         manifest = read_manifest(step)
-        check_files(step, manifest, sorted(manifest.files)[ctx.rank :: ctx.world], content=not verified)
+        check_files(step, manifest, sorted(manifest.files)[ctx.rank :: ctx.world], content=not verified, alive=alive)
         _check_model(step, manifest, engine)
         state = read_state(step)
         pieces = Pieces(step, manifest)
         engine.create_moments()
         ranges = [(kind, piece.name, piece.start, view) for piece in engine.held_ranges() for kind, view in piece.tensors.items()]
-        in_threads(lambda wanted: pieces.read(*wanted), ranges)
+
+        def fill(wanted: tuple[str, str, int, Tensor]) -> None:
+            alive()
+            pieces.read(*wanted)
+
+        in_threads(fill, ranges)
         try:
             engine.set_scaler_state(state.scaler)
         except KeyError as error:
@@ -279,13 +284,13 @@ def load(path: Path, engine: Engine, *, verified: bool = False) -> TrainState:
     return state
 
 
-def check_together(ctx: ParallelContext, step: Path) -> None:
+def check_together(ctx: ParallelContext, step: Path, alive: Callable[[], None] = lambda: None) -> None:
     """Reads every byte of a step folder, each rank a part. A collective; raises CheckpointError on all where a file is damaged, or
-    is what was written and still cannot be loaded."""
+    is what was written and still cannot be loaded. alive: called before each file that this rank reads."""
 
     def check() -> None:
         manifest = read_manifest(step)
-        check_files(step, manifest, sorted(manifest.files)[ctx.rank :: ctx.world])
+        check_files(step, manifest, sorted(manifest.files)[ctx.rank :: ctx.world], alive=alive)
 
     together(ctx, check)
     together(ctx, lambda: check_ranges(step, read_manifest(step)) if ctx.is_main else None)

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from math import prod
 from pathlib import Path
@@ -88,19 +88,24 @@ def digest_of(step: Path) -> str:
     return hashlib.sha256(content_of(step / MANIFEST)).hexdigest()
 
 
-def check_files(step: Path, manifest: Manifest, names: Iterable[str], *, content: bool = True) -> None:
+def check_files(
+    step: Path, manifest: Manifest, names: Iterable[str], *, content: bool = True, alive: Callable[[], None] = lambda: None
+) -> None:
     """Raises CheckpointError that names the first of these files that is missing or not what was written, or UnreadableError.
 
-    content: whether to read every byte; else only sizes are compared.
+    content: whether to read every byte; else only sizes are compared. alive: called before each file.
     """
-    if found := _wrong_files(step, manifest, names, content):
+    if found := _wrong_files(step, manifest, names, content, alive):
         raise found[0]
 
 
-def _wrong_files(step: Path, manifest: Manifest, names: Iterable[str], content: bool) -> list[CheckpointError]:
+def _wrong_files(
+    step: Path, manifest: Manifest, names: Iterable[str], content: bool, alive: Callable[[], None] = lambda: None
+) -> list[CheckpointError]:
     """What is wrong with these files, one for every one that is."""
 
     def wrong(name: str) -> CheckpointError | None:
+        alive()
         path, entry = step / name, manifest.files[name]
         try:
             found = path.stat()

@@ -149,9 +149,10 @@ def _origin_of(folder: Path) -> Origin | None:
     return None
 
 
-def confirm(ctx: ParallelContext, start: Start) -> Start:
+def confirm(ctx: ParallelContext, start: Start, alive: Callable[[], None] = lambda: None) -> Start:
     """The main rank's `start` when every byte of its checkpoint is what was written, or an earlier one of the run: the same one on
-    all ranks, whatever they chose; what else it says is the main rank's. A collective of all ranks.
+    all ranks, whatever they chose; what else it says is the main rank's. A collective of all ranks. alive: as for
+    `check_together`.
 
     Raises CheckpointError on every rank where there is none, where the user asked for this one, where the main rank does not see
     what another one sees, or where a rank fails for another reason.
@@ -159,7 +160,7 @@ def confirm(ctx: ParallelContext, start: Start) -> Start:
     start = _agreed(ctx, start)
     while start.checkpoint is not None:
         try:
-            checkpoint.check_together(ctx, start.checkpoint)
+            checkpoint.check_together(ctx, start.checkpoint, alive)
             return start
         except checkpoint.RankFailedError:
             raise
@@ -272,9 +273,10 @@ def find_checkpoint(run: Path) -> Path:
     return resolve(run / CHECKPOINTS if (run / CHECKPOINTS).is_dir() else run)
 
 
-def restore(engine: Engine, start: Path, *, verified: bool = False) -> Progress:
-    """Loads a checkpoint into the engine. A collective of all ranks. verified: `confirm` has just read it."""
-    state = checkpoint.load(start, engine, verified=verified)
+def restore(engine: Engine, start: Path, *, verified: bool = False, alive: Callable[[], None] = lambda: None) -> Progress:
+    """Loads a checkpoint into the engine. A collective of all ranks. verified: `confirm` has just read it. alive: as for
+    `checkpoint.load`."""
+    state = checkpoint.load(start, engine, verified=verified, alive=alive)
     return Progress(
         step=state.step,
         tokens=state.tokens,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,36 +34,39 @@ def answer_skips(run: Run, beat: Beat = lambda step, phase: None) -> bool:
     run.settle()  # what is on its way deletes others, once it is there
     if guards.on_max_skipped is SkipAction.ROLL_BACK and progress.roll_backs < guards.max_roll_backs:
         beat(progress.step, "roll-back")
-        target, damaged = _target(run.ctx, lambda: good_checkpoints(progress, folder))
+        alive = partial(beat, progress.step, "roll-back")
+        target, damaged = _target(run.ctx, lambda: good_checkpoints(progress, folder), alive)
         for path, reason in damaged:
             run.trackers.say(f"WARNING: passed over {path.name}: {reason}")
         if target is not None:
-            _go_back(run, target, beat)
+            _go_back(run, target, beat, alive)
             return True
     check_skips(progress, recipe.training.max_skipped, folder, damaged=[path for path, _ in damaged])
     return False
 
 
-def _target(ctx: ParallelContext, good: Callable[[], Sequence[Path]]) -> tuple[Path | None, list[Damaged]]:
+def _target(
+    ctx: ParallelContext, good: Callable[[], Sequence[Path]], alive: Callable[[], None]
+) -> tuple[Path | None, list[Damaged]]:
     """The newest of the good checkpoints whose every byte is what was written, and those that were passed over for it."""
     names: list[str] = _ask_main(ctx, lambda: [str(path) for path in good()])
     damaged: list[Damaged] = []
     for path in map(Path, reversed(names)):
         try:
-            check_together(ctx, path)
+            check_together(ctx, path, alive)
             return path, damaged
         except CheckpointError as error:
             damaged.append((path, str(error)))
     return None, damaged
 
 
-def _go_back(run: Run, target: Path, beat: Beat) -> None:
+def _go_back(run: Run, target: Path, beat: Beat, alive: Callable[[], None]) -> None:
     """Weights, moments and steps of `target`; the data cursor stays where it is. The checkpoint is then saved again with that
     cursor, so that a run which is killed from here on resumes past the bad data too."""
     before = run.progress
     # before the save: a kill in between resumes from `target` as it was, and comes here once more
     aside = _ask_main(run.ctx, lambda: _set_later_aside(target))
-    restored = restore(run.engine, target, verified=True)
+    restored = restore(run.engine, target, verified=True, alive=alive)
     run.progress = replace(
         restored,
         sequences=before.sequences,

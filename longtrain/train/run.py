@@ -51,28 +51,29 @@ def run_training(
     """
     steps = plan.recipe.training.steps
     goal = steps if until is None else min(until, steps)
-    with Watchdog(ctx, Path(plan.recipe.run_folder), plan.recipe.guards.watchdog_seconds) as watchdog, ExitStack() as alone:
-        start = confirm(ctx, start)
-        run = assemble(plan, ctx, split, start, verified=True)
+    folder, seconds = Path(plan.recipe.run_folder), plan.recipe.guards.watchdog_seconds
+    # what closing waits for is not watched, and keeps no error from being told
+    with ExitStack() as alone, ExitStack() as closing, Watchdog(ctx, folder, seconds) as watchdog:
+        start = confirm(ctx, start, watchdog.alive)
+        run = assemble(plan, ctx, split, start, verified=True, alive=watchdog.alive)
+        closing.callback(run.close)
         run.asked_to_stop = asked_to_stop
-        try:
-            if run.progress.step >= goal:
-                if ctx.is_main:
-                    Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
-                return run.progress
-            record = environment(ctx, run.progress.step)
-            together(ctx, lambda: _occupy(run, start, alone) if ctx.is_main else None)
+        if run.progress.step >= goal:
             if ctx.is_main:
-                _open_folder(run, start, record, draw)
-            # also within a long evaluation
-            run.engine.model.register_forward_pre_hook(lambda *_: watchdog.alive())
-            progress = train(run, until=goal, evaluate=evaluate, beat=watchdog.beat)
-            watchdog.done()
-            if ctx.is_main:
-                run.trackers.keep([*(_last_plots(draw) if draw else ()), *worth_keeping(run.folder)])
-            return progress
-        finally:
-            run.close()
+                Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
+            return run.progress
+        record = environment(ctx, run.progress.step)
+        together(ctx, lambda: _occupy(run, start, alone) if ctx.is_main else None)
+        watchdog.alive()
+        if ctx.is_main:
+            _open_folder(run, start, goal, record, draw)
+        # also within a long evaluation
+        run.engine.model.register_forward_pre_hook(lambda *_: watchdog.alive())
+        progress = train(run, until=goal, evaluate=evaluate, beat=watchdog.beat)
+        watchdog.done()
+        if ctx.is_main:
+            run.trackers.keep([*(_last_plots(draw) if draw else ()), *worth_keeping(run.folder)])
+        return progress
 
 
 def _last_plots(draw: Draw) -> Sequence[Path]:
@@ -110,7 +111,7 @@ def _occupy(run: Run, start: Start, alone: ExitStack) -> None:
         )
 
 
-def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw | None) -> None:
+def _open_folder(run: Run, start: Start, goal: int, record: Mapping[str, Any], draw: Draw | None) -> None:
     """The run's folder, what explains it, and the trackers."""
     recipe, done = run.plan.recipe, run.progress.step
     # first, as leftovers may be renamed to what they were to replace
@@ -129,7 +130,7 @@ def _open_folder(run: Run, start: Start, record: Mapping[str, Any], draw: Draw |
         more.append(Background("plots", lambda: Redrawn(draw), terminal.say))
     run.trackers = Trackers([lines, terminal, *more], run_id)
     there, free = len(complete(run.folder / CHECKPOINTS)), shutil.disk_usage(run.folder).free
-    lacks = lacks_disk(run.plan, done, there, free)
+    lacks = lacks_disk(run.plan, goal - done, there, free)
     disk = [] if lacks is None else [f"warning: {run.folder}: {lacks}"]
     for line in (*start.notes, *start.remarks, *aside, *warnings(run.split, None if start.checkpoint else run.plan), *disk):
         run.trackers.say(line)

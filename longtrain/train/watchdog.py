@@ -47,7 +47,7 @@ LONGEST = 1e7
 """Seconds, a third of a year: longer ones are none that a lock can wait for."""
 
 Beat = Callable[[int, str], None]
-"""Told of every phase that begins, with the number of its step."""
+"""Told of every phase that begins, with the number of its step, and again in a roll-back, while it reads."""
 
 
 def longest_patience(ctx: ParallelContext) -> float:
@@ -61,9 +61,9 @@ class Watchdog:
     folder: of the run. Signs of life are `beat`, `alive` and, in the phase "save", that files of this rank's checkpoint grow. Else
     the stacks of all threads of all ranks go to `folder`/stacks, and the processes end with exit code STUCK, after at most
     1.3 x `seconds` + GRACE; SLOW times `seconds` where that is said, and never more than `longest_patience`. A process that was
-    stopped as a whole, as by a debugger, has its time again when it goes on. Where C code keeps the interpreter, so that no thread
-    of Python runs, the stacks go to stderr after `seconds` + GRACE; a rank that is alone ends, with exit code 1, after SLOW times
-    `seconds` + GRACE.
+    stopped as a whole, as by a debugger or by Slurm, has its time again when it goes on. Where C code keeps the interpreter, so
+    that no thread of Python runs, the stacks go to stderr after `seconds` + GRACE, and the process is not ended: what could do it
+    cannot tell that from one that was stopped.
     """
 
     def __init__(self, ctx: ParallelContext, folder: Path, seconds: float | None) -> None:
@@ -97,10 +97,10 @@ class Watchdog:
         if self._seconds is not None:
             poll = self._seconds / LOOKS
             soon = min(poll, GRACE / HEARD)
-            self._arm(self._seconds)
             for work, *given in ((self._judge, soon, self._seconds), (self._exchange, poll), (self._listen, soon)):
-                self._threads.append(threading.Thread(target=work, args=given, name="watchdog", daemon=True))
-                self._threads[-1].start()
+                thread = threading.Thread(target=work, args=given, name="watchdog", daemon=True)
+                thread.start()
+                self._threads.append(thread)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -120,8 +120,9 @@ class Watchdog:
         """Touches nothing that could hang."""
         seen, heard = (-1, -1), time.monotonic()
         looked = heard
+        _watch_interpreter(seconds)
         while not self._ended.wait(poll):
-            self._arm(seconds)
+            _watch_interpreter(seconds)
             signs, now = (self._own, self._all), time.monotonic()
             if signs != seen or now - looked > poll + seconds / 2:
                 seen, heard = signs, now
@@ -131,13 +132,6 @@ class Watchdog:
             patience = min(max(slow, START) if phase == "start" else slow, self._longest)
             if self._others_end or now - heard > patience:
                 self._end(now - heard)
-
-    def _arm(self, seconds: float) -> None:
-        """Has the thread of faulthandler, which needs no interpreter, watch those of Python. It cannot see that a process was
-        stopped."""
-        alone = self._world == 1
-        with suppress(RuntimeError):  # no thread can be started
-            faulthandler.dump_traceback_later(SLOW * seconds + GRACE if alone else seconds + GRACE, exit=alone, file=2)
 
     def _exchange(self, poll: float) -> None:
         """Adds this rank's signs of life to those of all, and hears of theirs."""
@@ -202,6 +196,12 @@ class Watchdog:
             while written < self._world:
                 time.sleep(0.05)
                 written = self._stores[1].add("written", 0)
+
+
+def _watch_interpreter(seconds: float) -> None:
+    """Has the thread of faulthandler, which needs no interpreter, write the stacks where those of Python do not come here again."""
+    with suppress(RuntimeError):  # no thread can be started
+        faulthandler.dump_traceback_later(seconds + GRACE, file=2)
 
 
 def _write_stacks(path: Path, headline: str) -> None:

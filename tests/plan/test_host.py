@@ -151,19 +151,19 @@ def test_what_is_offloaded_is_there_first(memory: int, behind: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "done", "there", "wanted"),
+    ("free", "steps", "there", "wanted"),
     [
-        (300, 0, 0, None),
-        (200, 0, 0, "up to 226 GiB more (75.3 GiB each), and 200 GiB are free"),
-        (100, 9900, 0, None),  # one more is written
-        (100, 500, 2, None),  # one is deleted after each
-        (70, 500, 3, "up to 75.3 GiB more (75.3 GiB each), and 70 GiB are free"),
-        (1, 10000, 2, None),
+        (300, 10000, 0, None),
+        (200, 10000, 0, "up to 226 GiB more (75.3 GiB each), and 200 GiB are free"),
+        (100, 100, 0, None),  # one more is written
+        (100, 9500, 2, None),  # one is deleted after each
+        (70, 9500, 3, "up to 75.3 GiB more (75.3 GiB each), and 70 GiB are free"),
+        (1, 0, 2, None),
     ],
 )
-def test_a_disk_that_is_too_small_is_told_before_it_is_full(free: int, done: int, there: int, wanted: str | None) -> None:
-    overrides = ("parallel.cp=1", "training.batch_size=16", "training.steps=10000", "checkpoint.keep=2", "checkpoint.every=100")
-    found = lacks_disk(make_plan(load_recipe("llama-7b-32k", overrides), 1, "cuda"), done, there, free * GIB)
+def test_a_disk_that_is_too_small_is_told_before_it_is_full(free: int, steps: int, there: int, wanted: str | None) -> None:
+    overrides = ("parallel.cp=1", "training.batch_size=16", "checkpoint.keep=2", "checkpoint.every=100")
+    found = lacks_disk(make_plan(load_recipe("llama-7b-32k", overrides), 1, "cuda"), steps, there, free * GIB)
     assert found is None if wanted is None else found is not None and wanted in found
 
 
@@ -174,4 +174,4 @@ def test_what_stands_beside_the_tensors_is_little() -> None:
 
 def test_without_checkpoints_no_disk_is_needed() -> None:
     overrides = ("parallel.cp=1", "training.batch_size=16", "checkpoint.every=null")
-    assert lacks_disk(make_plan(load_recipe("llama-7b-32k", overrides), 1, "cuda"), 0, 0, 0) is None
+    assert lacks_disk(make_plan(load_recipe("llama-7b-32k", overrides), 1, "cuda"), 10000, 0, 0) is None

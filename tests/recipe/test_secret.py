@@ -68,6 +68,8 @@ ORDINARY = [
         "ghr_short",
     ),
     *("hf:owner/sk-model", "weights/sk-Llama-2-7B-Instruct-of-2024", "sk-Llama-2-7B-Instruct-32K", "sk-internationalization"),
+    *("sk-slovakwikipedia2024corpus", "hf:sk-slovakwikipedia2024corpus/x", "/data/SORT_KEY=document_length/run"),
+    *("data/eos_token=<|endoftext|>", "secret: baseline-run"),
     *("data/tokens", "tokens: 1000000000", "tokens_per_step=33554432", "token-level loss: weighted", "next-token: prediction"),
     *(
         "key_value: 8 heads",

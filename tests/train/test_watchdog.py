@@ -271,11 +271,13 @@ def test_alone_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 STOPPED = """
 import sys, time
 from pathlib import Path
-from types import SimpleNamespace
-from longtrain.train.watchdog import Watchdog
-with Watchdog(SimpleNamespace(rank=0, world=1), Path(sys.argv[1]), 1.0) as watchdog:
+from longtrain.train import watchdog
+from tests.one_rank import OneRank
+
+watchdog.GRACE = 0.1
+with watchdog.Watchdog(OneRank().ctx, Path(sys.argv[1]), 1.0) as watch:
     for step in range(8):
-        watchdog.beat(step, "data")
+        watch.beat(step, "data")
         print(step, flush=True)
         time.sleep(0.4)
 """
@@ -287,7 +289,7 @@ def test_a_stopped_process_has_its_time_again(tmp_path: Path) -> None:
         while process.stdout.readline() != "2\n":
             pass
         process.send_signal(signal.SIGSTOP)
-        time.sleep(2)
+        time.sleep(SLOW * 1.0 + 0.5)
         process.send_signal(signal.SIGCONT)
         assert process.wait(30) == 0
 
@@ -301,16 +303,14 @@ from tests.one_rank import OneRank
 watchdog.GRACE = 0.5
 with watchdog.Watchdog(OneRank().ctx, Path(sys.argv[1]), 0.5) as watch:
     watch.beat(1, "data")
-    ctypes.PyDLL(None).sleep(60)
+    ctypes.PyDLL(None).sleep(4)
 """
 
 
-def test_a_process_whose_interpreter_is_held_ends_with_its_stack(tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_of_a_process_whose_interpreter_is_held_the_stack_is_told(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", HOLDING, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False)
-    assert time.monotonic() - began < 45, "the sleep was not waited for"
-    assert done.returncode == 1
     assert 'File "<string>", line 10 in <module>' in done.stderr
+    assert done.returncode == 0, "it might have been stopped"
 
 
 def test_nothing_waits_longer_than_a_lock_can(tmp_path: Path) -> None:
