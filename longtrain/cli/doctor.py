@@ -11,9 +11,9 @@ from longtrain.cli.refusals import refusals
 
 
 def doctor(
-    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="Where runs are to be written: its disk is looked at.")] = Path(
-        "runs"
-    ),
+    folder: Annotated[
+        Path, typer.Option("--folder", metavar="FOLDER", help="Where runs are to be written: its disk is looked at.")
+    ] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
 ) -> None:
     """Says what is wrong with this machine. Exit code 0: nothing, 1: warnings, 2: training cannot work here."""

@@ -19,9 +19,11 @@ from longtrain.errors import DataError
 
 
 def prepare_data(
+    # typer 0.27 takes a metavar that is the parameter's name in capitals for the name of the option
     source: Annotated[
         list[str],
         typer.Option(
+            "--source",
             metavar="SOURCE",
             help="A folder of text files, JSON Lines (.gz, .zst) or Parquet; one such file; hf:NAME[:CONFIG[:SPLIT]], a dataset of "
             "the hub; or 'stdlib', this Python's standard library. Repeatable.",
@@ -29,7 +31,7 @@ def prepare_data(
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder to create.")],
     glob: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Files of folders to take, as '**/*.txt'; repeatable.")
+        list[str] | None, typer.Option("--glob", metavar="GLOB", help="Files of folders to take, as '**/*.txt'; repeatable.")
     ] = None,
     text_field: Annotated[str, typer.Option(metavar="NAME", help="Field or column of a record that holds its text.")] = TEXT_FIELD,
     tokenizer: Annotated[str | None, typer.Option(metavar="PATH|hf:NAME", help=f"{ACCEPTED}.")] = None,
