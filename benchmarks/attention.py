@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -30,11 +29,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import targets
 from benchmarks.gate import Case, check_kernel
 from benchmarks.plots import attention_plot
+from benchmarks.refusals import need_gpu
 from benchmarks.timing import ROUNDS, in_turns
 from benchmarks.tune_attention import tune
 from longtrain.attention import AttentionKernel, AttentionMask, Band
 from longtrain.kernels.flash import FlashKernel
 from longtrain.kernels.flash.tiles import Pass, tile_for
+from longtrain.kernels.language import triton
 from longtrain.kernels.local import LocalAttend
 
 RESULTS = Path(__file__).parent / "results"
@@ -282,11 +283,16 @@ def write(rows: list[dict[str, Any]]) -> str:
     return f"wrote {path} and {attention_plot(path)}"
 
 
-if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--quick", action="store_true", help="leave out the longest and the odd ones; writes no file")
-    arguments.add_argument("--only", default="", help="problems whose name holds this text; writes no file")
-    arguments.add_argument("--tune", action="store_true", help="measure candidates for the table of tiles")
-    given = arguments.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="leave out the longest and the odd ones; writes no file")
+    parser.add_argument("--only", default="", help="problems whose name holds this text; writes no file")
+    parser.add_argument("--tune", action="store_true", help="measure candidates for the table of tiles")
+    given = parser.parse_args(arguments)
+    need_gpu()
     chosen = [p for p in problems(given.quick) if given.only in p.name]
     tune() if given.tune else compare(chosen, not given.quick and not given.only)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from benchmarks.refusals import refuse
+
 try:
     from tests.attention_cases import Case, check_kernel
 except ModuleNotFoundError as missing:
     if missing.name != "hypothesis":
         raise
-    raise SystemExit("benchmarks of attention check its results first, as the tests do: pip install -e '.[dev]'") from None
+    refuse("benchmarks of attention check its results first, as the tests do: pip install -e '.[dev]'")
 
 __all__ = ["Case", "check_kernel"]

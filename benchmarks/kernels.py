@@ -12,12 +12,14 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 import torch
 
 from benchmarks.gate import Case, check_kernel
+from benchmarks.refusals import need_gpu
 from longtrain.attention import AttentionKernel, AttentionMask, Band, Needs, band_kind
 from longtrain.kernels.local import LocalAttend
 from longtrain.kernels.registry import kernels
@@ -56,7 +58,7 @@ def milliseconds(
     return min(times) * 1e3
 
 
-def main(device: str, budget: float) -> None:
+def compare(device: str, budget: float) -> None:
     for kernel, dtype in product(kernels(), DTYPES[device]):
         if able(kernel, Band.causal(), 64, dtype, device):
             window = Band.causal(100)
@@ -79,10 +81,16 @@ def main(device: str, budget: float) -> None:
     print(f"milliseconds of forward and backward, {CHANNELS} channels; wrote {path}")
 
 
-if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    arguments.add_argument("--budget", type=float, default=0.5, help="seconds of runs a figure")
-    given = arguments.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds of runs a figure")
+    given = parser.parse_args(arguments)
+    if given.device == "cuda":
+        need_gpu("--device cpu measures there")
     torch.set_num_threads(1)
-    main(given.device, given.budget)
+    compare(given.device, given.budget)
+
+
+if __name__ == "__main__":
+    main()

@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-import triton
 from torch import Tensor
 
 from benchmarks import targets
+from benchmarks.refusals import need_gpu
 from benchmarks.timing import ROUNDS, in_turns, milliseconds
 from longtrain.attention import AttentionMask, Band
 from longtrain.kernels import gated, norms, plain, rotary
 from longtrain.kernels.flash import FlashKernel
+from longtrain.kernels.language import triton
 from longtrain.kernels.layers import FUSABLE, choose_layers
 from longtrain.kernels.local import LocalAttend
 from longtrain.models.config import ModelConfig
@@ -360,10 +361,15 @@ def tune(only: str) -> None:
         sys.stdout.flush()
 
 
-if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--tune", action="store_true", help="measure candidates for the launch constants")
-    arguments.add_argument("--only", default="", help="with --tune: layers whose name holds this")
-    arguments.add_argument("--no-block", action="store_true", help="leave out the LLaMA-7B block; writes no file")
-    given = arguments.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tune", action="store_true", help="measure candidates for the launch constants")
+    parser.add_argument("--only", default="", help="with --tune: layers whose name holds this")
+    parser.add_argument("--no-block", action="store_true", help="leave out the LLaMA-7B block; writes no file")
+    given = parser.parse_args(arguments)
+    need_gpu()
     tune(given.only) if given.tune else compare(not given.no_block)
+
+
+if __name__ == "__main__":
+    main()

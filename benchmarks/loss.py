@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from benchmarks import targets
+from benchmarks.refusals import need_gpu
 from benchmarks.timing import ROUNDS, in_turns, milliseconds
 from longtrain.kernels import cross_entropy as kernels
 from longtrain.kernels.cross_entropy import SIZES, Sizes, Terms, fused_parts, scale_, scaled_weight_gradient_
+from longtrain.kernels.language import triton
 from longtrain.kernels.linear_cross_entropy import linear_cross_entropy
 from tests.loss_cases import LossCase, check_loss
 
@@ -257,7 +258,13 @@ def profile(run: Callable[[], None]) -> None:
         print(f"{event.self_device_time_total / 1e3:8.2f} ms {event.count:5} x {event.key[:100]}")
 
 
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tune", action="store_true", help="measure sizes of chunks and programs, and profile one run")
+    given = parser.parse_args(arguments)
+    need_gpu()
+    tune() if given.tune else compare()
+
+
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("--tune", action="store_true", help="measure sizes of chunks and programs, and profile one run")
-    tune() if arguments.parse_args().tune else compare()
+    main()

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks.long_text import write
+from benchmarks.refusals import need_gpu
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,8 +57,10 @@ CASES = {
 }
 
 
-def main() -> None:
-    given = arguments()
+def main(words: Sequence[str] | None = None) -> None:
+    given = arguments(words)
+    if given.device == "cuda":
+        need_gpu("--device cpu trains there, which small recipes of your own can bear")
     data = given.data or prepare(given.folder)
     rows = []
     for name in given.recipe:
@@ -65,20 +69,20 @@ def main() -> None:
     report(rows)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", required=True, help=f"{', '.join(CASES)}, or any other; repeatable")
     parser.add_argument("--data", type=Path, help="prepared text; by default the sources of this Python's packages are prepared")
     parser.add_argument("--folder", type=Path, default=Path("runs/training-benchmark"), help="of runs, logs and prepared text")
     parser.add_argument("--steps", type=int, help="of every recipe")
     parser.add_argument("--ranks", type=int, default=1, help="more than one are started with torchrun")
-    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for scripts/train.py")
     parser.add_argument("--kill", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--export", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--limit", type=float, default=500.0, help="seconds that one training process may take")
     parser.add_argument("--out", type=Path, help="the file of results")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def record(rows: list[dict[str, Any]], given: argparse.Namespace) -> Path:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gate import Case, check_kernel
+from benchmarks.refusals import need_gpu
 from benchmarks.timing import milliseconds
 from longtrain.attention import AttentionSpec, Band, Block, Grads
 from longtrain.attention.merge import row_dot
@@ -124,4 +125,5 @@ def _compile(part: int, parts: int) -> None:
 
 
 if __name__ == "__main__":
+    need_gpu()
     _compile(int(sys.argv[1]), int(sys.argv[2]))

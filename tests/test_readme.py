@@ -50,8 +50,17 @@ def test_its_python_runs() -> None:
 
 def test_every_mask_of_the_table_is_there() -> None:
     table = (ROOT / "README.md").read_text().split("What other libraries")[1]
-    masks = re.findall(r"`(AttentionMask\(.*?\)|AttentionSpec\(bias=bias\))`", table)
+    masks = re.findall(r"`(Attention(?:Mask|Spec)[(.].*?\))`", table)
     names = {"Tq": 3, "Tk": 5, "W": 2, "documents": torch.zeros(1, 3, dtype=torch.int32), "bias": torch.zeros(3, 3)}
-    assert len(masks) == 5
+    names |= {
+        "p": 0.1,
+        "seeds": torch.zeros(2, dtype=torch.int64),
+        "lengths": [3, 1],
+        "band": Band(),
+        "seen": torch.ones(3, 3) > 0,
+        "torch": torch,
+    }
+    masks = [mask for mask in masks if "..." not in mask]
+    assert len(masks) == 9
     for mask in masks:
         eval(mask, {"AttentionMask": AttentionMask, "AttentionSpec": AttentionSpec, "Band": Band}, names)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -46,7 +48,8 @@ class Band:
 
     @staticmethod
     def causal_bottom_right(queries: int, keys: int) -> Band:
-        """Causal with the last query aligned to the last key, for queries that continue a longer key sequence."""
+        """Causal with the last query aligned to the last key, for queries that continue a longer key sequence; with ALiBi or
+        dropout, give `AttentionMask` their q_start too."""
         return Band(queries - keys, None)
 
     def between(self, q: Chunk, k: Chunk) -> Band:
@@ -114,14 +117,23 @@ class AttentionMask:
     boundaries: as in `Batch`, on the host, only for self attention; with them a ring skips exchanges that no document needs, and
     kernels know that documents are runs. They promise that segments ascend along a row, padding last, which is checked where
     segments are on a CPU. Without them nothing is skipped.
+
+    q_start: position of the first query where the first key has position 0: ALiBi and dropout go by positions, so queries that
+    continue a longer key sequence say where. The band is one of indices, whatever it is. Only on one device.
     """
 
     band: Band
     q_segments: Tensor | None = None
     k_segments: Tensor | None = None
     boundaries: tuple[tuple[int, ...], ...] | None = None
+    q_start: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.band, Band):
+            raise ValueError(f"band is of type {type(self.band).__name__}, must be a Band, such as Band.causal()")
+        for name, segments in (("q_segments", self.q_segments), ("k_segments", self.k_segments)):
+            if segments is not None and not isinstance(segments, Tensor):
+                raise ValueError(f"{name} are of type {type(segments).__name__}, must be an int32 tensor [batch, tokens]")
         if (self.q_segments is None) != (self.k_segments is None):
             raise ValueError("give segments for both queries and keys, or for neither")
         if self.boundaries is not None and (self.q_segments is None or self.q_segments is not self.k_segments):
@@ -149,6 +161,19 @@ class AttentionMask:
         if all(row == (0, length) for row in batch.boundaries):
             return AttentionMask(band)
         return AttentionMask(band, batch.segment_ids, batch.segment_ids, batch.boundaries)
+
+    @staticmethod
+    def packed(band: Band, lengths: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> AttentionMask:
+        """Self attention inside documents that lie one after another in each row, with these numbers of tokens; a row that is
+        shorter than the longest one ends in padding. Raises ValueError where a length is no number of tokens."""
+        if not lengths or any(length < 1 for row in lengths for length in row):
+            raise ValueError(f"lengths {lengths}: give the tokens of every document, 1 or more, a list for each row")
+        boundaries = tuple(tuple(accumulate(row, initial=0)) for row in lengths)
+        segments = torch.full((len(lengths), max(row[-1] for row in boundaries)), PADDING, dtype=torch.int32)
+        for row, ends in zip(segments, boundaries, strict=True):
+            for number, (start, end) in enumerate(pairwise(ends)):
+                row[start:end] = number
+        return AttentionMask(band, segments, segments, boundaries).to(device)
 
     def to(self, device: torch.device | str) -> AttentionMask:
         """The same mask with its segments on `device`."""

@@ -44,7 +44,7 @@ class Block:
     @staticmethod
     def of(mask: AttentionMask) -> Block:
         """The whole of a mask as one block."""
-        return Block(mask.band, mask.q_segments, mask.k_segments, runs=mask.boundaries is not None)
+        return Block(mask.band, mask.q_segments, mask.k_segments, mask.q_start, runs=mask.boundaries is not None)
 
     def narrow(self, q_start: int, q_length: int, k_start: int, k_length: int) -> Block:
         """A sub-rectangle, in its own local indices."""
@@ -141,10 +141,12 @@ class AttentionKernel(Protocol):
         spec: AttentionSpec,
         *,
         into: Grads | None = None,
+        bias_grad: bool = True,
     ) -> Grads:
         """Gradients through one block. lse and delta = sum(dout * out, -1) are those of the whole row, fp32 [B, H, Tq].
 
-        `into`: fp32 accumulators, added to in place and returned; without it gradients are of the inputs' dtypes.
+        `into`: fp32 accumulators, added to in place and returned; without it gradients are of the inputs' dtypes. bias_grad: False
+        where the bias is a constant; dbias is then None.
         """
         ...
 
@@ -159,10 +161,10 @@ def check_dtypes(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, block: Block | None = None) -> None:
-    """Raises KernelError, which names the tensor, where shapes or dtypes do not belong together: kernels would read what is not
-    there.
+    """Raises KernelError, which names the tensor, where shapes, dtypes or devices do not belong together: kernels would read what
+    is not there.
 
-    Once a call, before any kernel; reads shapes and dtypes only. Without a block nothing is said of segments.
+    Once a call, before any kernel; reads no data. Without a block nothing is said of segments.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
@@ -176,6 +178,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, block: Bl
         "v": (v, (batch, keys, kv_heads, v.shape[3])),
         "alibi_slopes": (spec.alibi_slopes, (heads,)),
         "dropout_seed": (spec.dropout_seed, (batch,)),
+        "sinks": (spec.sinks, (heads,)),
     }
     if block is not None:
         expected |= {"q_segments": (block.q_segments, (batch, queries)), "k_segments": (block.k_segments, (batch, keys))}
@@ -185,11 +188,21 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, block: Bl
             raise KernelError(f"attention: {name} is {list(x.shape)}, must be {list(shape)}: {given}")
         if x is not None and name.endswith("segments") and x.dtype != torch.int32:
             raise KernelError(f"attention: {name} are {x.dtype}, must be torch.int32")
+    for name, x in (*((name, x) for name, (x, _) in expected.items()), ("bias", spec.bias)):
+        if x is not None and x.device != q.device:
+            move = "mask.to(device) moves it" if name.endswith("segments") else "give both on one device"
+            raise KernelError(f"attention: {name} is on {x.device}, q on {q.device}: {move}")
     if spec.bias is not None:
         whole = (batch, heads, queries, keys)
         sizes = zip(reversed(spec.bias.shape), reversed(whole), strict=False)
         if spec.bias.ndim > 4 or any(size not in (1, most) for size, most in sizes):
             raise KernelError(f"attention: bias is {list(spec.bias.shape)}, must broadcast to {list(whole)}")
+
+
+def check_start(mask: AttentionMask) -> None:
+    """Raises KernelError where the queries of a mask do not begin where its keys do: for what cuts a sequence over ranks."""
+    if mask.q_start:
+        raise KernelError(f"attention: a mask with q_start {mask.q_start} is for one device: give it there, or use cp 1")
 
 
 class Attend(Protocol):

@@ -69,6 +69,7 @@ class ReferenceKernel:
         spec: AttentionSpec,
         *,
         into: Grads | None = None,
+        bias_grad: bool = True,
     ) -> Grads:
         heads, kv_heads = q.shape[2], k.shape[2]
         scores, slope = _scores(q, k, block, spec)
@@ -87,7 +88,7 @@ class ReferenceKernel:
             _ungroup(ds @ k_, heads),
             (ds.mT @ q_).transpose(1, 2),
             (_group_rows(dropped, kv_heads).mT @ dout_).transpose(1, 2),
-            None if spec.bias is None else dbias.sum_to_size(_four(spec.bias).shape).view_as(spec.bias),
+            None if spec.bias is None or not bias_grad else dbias.sum_to_size(_four(spec.bias).shape).view_as(spec.bias),
         )
         if into is not None:
             return add_(into, grads)

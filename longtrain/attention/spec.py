@@ -32,6 +32,10 @@ class AttentionSpec:
     sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("alibi_slopes", "bias", "dropout_seed", "sinks"):
+            x = getattr(self, name)
+            if x is not None and not isinstance(x, Tensor):
+                raise ValueError(f"{name} is of type {type(x).__name__}, must be a tensor")
         if self.scale is not None and not isfinite(self.scale):
             raise ValueError(f"scale {self.scale} must be finite, or None for 1 / sqrt(D)")
         if self.softcap is not None and not 0 < self.softcap < inf:

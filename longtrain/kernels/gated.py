@@ -14,7 +14,7 @@ from torch import Tensor
 from longtrain.errors import KernelError
 from longtrain.kernels.language import constexpr, jit, tl
 from longtrain.kernels.operators import DTYPES, differentiable, on_device, rows_of
-from longtrain.kernels.plain import ACTIVATIONS
+from longtrain.kernels.plain import check_gated
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,6 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     Raises:
         KernelError: an unknown activation, shapes that differ, dtypes that the kernel does not take.
     """
-    if activation not in ACTIVATIONS:
-        raise KernelError(f"fused gated layer: no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
     return _gated(gate, up, activation)
 
 
@@ -98,9 +96,10 @@ def _flat(*tensors: Tensor) -> tuple[int, int, list[Tensor], list[int]]:
 
 
 def _forward_launch(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    if gate.shape != up.shape or gate.dtype not in DTYPES or up.dtype not in DTYPES:
-        described = f"{tuple(gate.shape)} {gate.dtype} and {tuple(up.shape)} {up.dtype}"
-        raise KernelError(f"fused gated layer: gate and up are {described}: they must be of one shape, and fp16, bf16 or fp32")
+    check_gated(gate, up, activation)
+    if gate.dtype not in DTYPES or up.dtype not in DTYPES:
+        given = f"{gate.dtype} and {up.dtype}, not fp16, bf16 or fp32"
+        raise KernelError(f"fused gated layer: gate and up are {given}; leave mlp out of the fused layers")
     out = _forward_fake(gate, up, activation)
     if out.numel():
         (rows, columns, tensors, strides), tuning = _flat(gate, up), TUNING["forward"]

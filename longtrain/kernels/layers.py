@@ -36,8 +36,10 @@ def choose_layers(fused: Collection[str] = ()) -> Layers:
     """The fused layers of these names (FUSABLE), all others plain.
 
     Raises:
-        KernelError: a name that is not in FUSABLE.
+        KernelError: a name that is not in FUSABLE, or a string in the place of a collection of names.
     """
+    if isinstance(fused, str):
+        raise KernelError(f"the fused layers are a list of names, such as {[fused]}, not the string {fused!r}")
     unknown = [name for name in fused if name not in FUSABLE]
     if unknown:
         raise KernelError(f"no fused layer is called {', '.join(unknown)}; there are {', '.join(FUSABLE)}")

@@ -57,16 +57,19 @@ def linear_cross_entropy(
     (PaLM). softcap: s becomes softcap * tanh(s / softcap) (Gemma 2), None is none. label_smoothing: that share of the target is
     spread evenly over the vocabulary, as torch.nn.functional.cross_entropy does.
 
+    Autocast casts nothing here: bf16 hidden beside an fp32 master weight are refused under it too. Pass weight.to(hidden.dtype),
+    whose gradient reaches the master weight in fp32, rounded to bf16 on the way.
+
     Logits, loss and the sums behind dx and dW are fp32. Gradients are computed together with the loss, some tokens at a time (Hsu
     et al. 2024, Liger Kernel), and wait for the backward, dx rounded to its dtype, dW in fp32; the backward only scales them, in
     place, and can run once. Under torch.compile both are one operator each, and the backward then returns new tensors.
     fused: Triton kernels between the products, on a CUDA GPU; `kernels.cross_entropy` says how. chunk: tokens whose logits exist
-    at once at most, None: as many as a budget of memory allows.
+    at once at most, 1 or more, None: as many as a budget of memory allows.
 
     Raises KernelError for shapes, dtypes, options or a device that it cannot serve, and on a CPU DataError for a label that is
     neither IGNORE nor in [0, V). On a GPU nobody waits to look: such a label makes the loss NaN.
     """
-    _check(hidden, weight, labels, z_loss, softcap, label_smoothing)
+    _check(hidden, weight, labels, z_loss, softcap, label_smoothing, chunk)
     count = (labels != IGNORE).sum()
     if torch.compiler.is_compiling():
         wanted = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
@@ -77,7 +80,9 @@ def linear_cross_entropy(
     return LossSum(loss, count)
 
 
-def _check(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, softcap: float | None, smoothing: float) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, softcap: float | None, smoothing: float, chunk: int | None
+) -> None:
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or labels.shape != hidden.shape[:1]:
         shapes = ", ".join(str(list(x.shape)) for x in (hidden, weight, labels))
         raise KernelError(f"linear_cross_entropy takes hidden [N, C], weight [V, C] and labels [N], not {shapes}")
@@ -89,6 +94,8 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, softca
     if not (0 <= z_loss < inf and 0 <= smoothing < 1) or not (softcap is None or 0 < softcap < inf):
         given = f"not {z_loss}, {softcap} and {smoothing}"
         raise KernelError(f"z_loss must be in [0, inf), softcap in (0, inf) or None, label_smoothing in [0, 1), {given}")
+    if not (chunk is None or (isinstance(chunk, int) and chunk >= 1)):
+        raise KernelError(f"chunk must be an int of 1 or more, or None for as many tokens as memory allows, not {chunk!r}")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -80,10 +80,10 @@ class _LocalAttention(torch.autograd.Function):
         q, k, v, bias, sinks, out, lse = ctx.saved_tensors
         learned = bias is not None or sinks is not None
         block, spec = ctx.block, replace(ctx.spec, bias=bias, sinks=sinks) if learned else ctx.spec
-        given = (dout, dlse, q, k, v, out, lse)
+        given, bias_grad = (dout, dlse, q, k, v, out, lse), ctx.needs_input_grad[3]
         if ops.counts_flops():
             flat = ops.Flat.of(block, spec, ctx.attend.handle)
-            grads = ops.Gradients.of(ops.attention_backward(*given, *flat), spec)
+            grads = ops.Gradients.of(ops.attention_backward(*given, bias_grad, *flat), spec, bias_grad)
         else:
-            grads = ops.run_backward(ctx.attend.kernel, *given, block, spec)
+            grads = ops.run_backward(ctx.attend.kernel, *given, block, spec, bias_grad)
         return *grads, None, None, None, None

@@ -68,8 +68,9 @@ class MemoryEfficientKernel:
         spec: AttentionSpec,
         *,
         into: Grads | None = None,
+        bias_grad: bool = True,
     ) -> Grads:
-        whole = zero_grads(q, k, v, spec.bias) if into is None else into
+        whole = zero_grads(q, k, v, spec.bias if bias_grad else None) if into is None else into
         for q0, nq, k0, nk in self._tiles(q.shape[1], k.shape[1], block):
             dbias = None if whole.dbias is None else narrow_bias(whole.dbias, q0, nq, k0, nk)
             self._dense.backward(
@@ -82,6 +83,7 @@ class MemoryEfficientKernel:
                 block.narrow(q0, nq, k0, nk),
                 spec.narrow(q0, nq, k0, nk),
                 into=Grads(whole.dq.narrow(1, q0, nq), whole.dk.narrow(1, k0, nk), whole.dv.narrow(1, k0, nk), dbias),
+                bias_grad=bias_grad,
             )
         return whole if into is not None else cast_like(whole, q, k, v, spec.bias)
 

@@ -121,7 +121,7 @@ _FLAT = (
 
 
 class Gradients(NamedTuple):
-    """Of q, k, v, and of bias and sinks where there are any."""
+    """Of q, k, v, of a bias that is no constant, and of sinks."""
 
     dq: Tensor
     dk: Tensor
@@ -130,11 +130,11 @@ class Gradients(NamedTuple):
     dsinks: Tensor | None
 
     @staticmethod
-    def of(present: list[Tensor], spec: AttentionSpec | Flat) -> Gradients:
+    def of(present: list[Tensor], spec: AttentionSpec | Flat, bias_grad: bool) -> Gradients:
         """From what `attention_backward` returns."""
         dq, dk, dv, *more = present
         dsinks = more.pop() if spec.sinks is not None else None
-        return Gradients(dq, dk, dv, more.pop() if spec.bias is not None else None, dsinks)
+        return Gradients(dq, dk, dv, more.pop() if spec.bias is not None and bias_grad else None, dsinks)
 
 
 def _chosen(kernel: Source, q: Tensor, k: Tensor, v: Tensor, block: Block, spec: AttentionSpec) -> AttentionKernel:
@@ -159,12 +159,13 @@ def run_backward(
     lse: Tensor,
     block: Block,
     spec: AttentionSpec,
+    bias_grad: bool = True,
 ) -> Gradients:
-    """out, lse: of `run_forward`."""
+    """out, lse: of `run_forward`. bias_grad: as in `AttentionKernel.backward`."""
     kernel = _chosen(kernel, q, k, v, block, spec)
     delta = kernel.delta(dout, out, dlse)
     dsinks = None if spec.sinks is None else sinks_gradient(spec.sinks, lse, delta)
-    return Gradients(*kernel.backward(dout, q, k, v, lse, delta, block, spec.without_sinks), dsinks)
+    return Gradients(*kernel.backward(dout, q, k, v, lse, delta, block, spec.without_sinks, bias_grad=bias_grad), dsinks)
 
 
 def counts_flops() -> bool:
@@ -192,21 +193,23 @@ def _(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "longtrain::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_FLAT}) -> Tensor[]",
+    schema=f"(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool bias_grad, {_FLAT}) -> Tensor[]",
 )
 def attention_backward(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias_grad: bool, *flat: Any
 ) -> list[Tensor]:
-    """[dq, dk, dv], then dbias where there is a bias and dsinks where there are sinks; contiguous."""
+    """[dq, dk, dv], then dbias where there is a bias, and bias_grad, and dsinks where there are sinks; contiguous."""
     given = Flat(*flat)
-    grads = run_backward(kernel_of(given.kernel), dout, dlse, q, k, v, out, lse, given.block, given.spec)
+    grads = run_backward(kernel_of(given.kernel), dout, dlse, q, k, v, out, lse, given.block, given.spec, bias_grad)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
 @attention_backward.register_fake
-def _(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any) -> list[Tensor]:
+def _(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias_grad: bool, *flat: Any
+) -> list[Tensor]:
     given = Flat(*flat)
-    return [x.new_empty(x.shape) for x in (q, k, v, given.bias, given.sinks) if x is not None]
+    return [x.new_empty(x.shape) for x in (q, k, v, given.bias if bias_grad else None, given.sinks) if x is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -218,7 +221,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     given = Flat(*tensors, *ctx.plain)
-    grads = Gradients.of(attention_backward(dout, dlse, q, k, v, out, lse, *given), given)
+    bias_grad = ctx.needs_input_grad[3 + Flat._fields.index("bias")]
+    grads = Gradients.of(attention_backward(dout, dlse, q, k, v, out, lse, bias_grad, *given), given, bias_grad)
     of_flat: dict[str, Tensor | None] = dict.fromkeys(Flat._fields) | {"bias": grads.dbias, "sinks": grads.dsinks}
     return *grads[:3], *of_flat.values()
 
@@ -233,6 +237,6 @@ def _(q: Any, k: Any, v: Any, *flat: Any, **_results: Any) -> int:
 
 
 @register_flop_formula(torch.ops.longtrain.attention_backward)
-def _(dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *flat: Any, **_results: Any) -> int:
+def _(dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, bias_grad: bool, *flat: Any, **_results: Any) -> int:
     given = Flat(*flat)
     return backward_flops(q, k, v, Band(given.lo, given.hi))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longtrain.errors import KernelError
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -48,15 +50,43 @@ def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor | Non
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """q [B, T, H, D] and k [B, T, Hkv, D] turned by the angles of their positions (Su et al. 2021), in their dtypes.
 
-    cos, sin: fp32 [B, T, 1, R/2], R <= D, any scaling already in them. Feature i turns with feature i + R/2 (Hugging Face's
-    convention), computed in fp32; features from R on pass unchanged.
+    cos, sin: fp32 [B, T, 1, R/2], R <= D, any scaling already in them; [1, T, 1, R/2] where the batch shares them. Feature i turns
+    with feature i + R/2 (Hugging Face's convention), computed in fp32; features from R on pass unchanged.
+
+    Raises:
+        KernelError: shapes that do not fit.
     """
+    check_rotary(q, k, cos, sin)
     return _rotate(q, cos, sin), _rotate(k, cos, sin)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """act(gate) * up (Shazeer 2020); activation: a name in ACTIVATIONS."""
+    """act(gate) * up (Shazeer 2020). gate, up: of one shape; activation: a name in ACTIVATIONS.
+
+    Raises:
+        KernelError: an unknown activation, shapes that differ.
+    """
+    check_gated(gate, up, activation)
     return ACTIVATIONS[activation](gate) * up
+
+
+def check_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raises KernelError where `rotary`, plain or fused, cannot take these shapes."""
+    fits = q.dim() == k.dim() == cos.dim() == 4 and cos.shape == sin.shape and cos.shape[0] in (1, q.shape[0])
+    fits = fits and q.shape[:2] == k.shape[:2] and cos.shape[1:3] == (q.shape[1], 1)
+    if not (fits and 2 * cos.shape[3] <= q.shape[3] == k.shape[3]):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, cos, sin))
+        raise KernelError(
+            f"rotary: q, k, cos, sin are {shapes}, not [B, T, H, D], [B, T, Hkv, D] and twice [B or 1, T, 1, R/2] with R <= D"
+        )
+
+
+def check_gated(gate: Tensor, up: Tensor, activation: str) -> None:
+    """Raises KernelError where `gated`, plain or fused, cannot take these."""
+    if activation not in ACTIVATIONS:
+        raise KernelError(f"gated layer: no activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+    if gate.shape != up.shape:
+        raise KernelError(f"gated layer: gate and up are {tuple(gate.shape)} and {tuple(up.shape)}: they must be of one shape")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from longtrain.errors import KernelError
 from longtrain.kernels.language import constexpr, jit, tl
 from longtrain.kernels.operators import DTYPES, differentiable, on_device, padded
+from longtrain.kernels.plain import check_rotary
 
 
 @dataclass(frozen=True)
@@ -84,24 +85,18 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _rotary(q, k, cos, sin, False)
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    tables = (*q.shape[:2], 1, cos.shape[-1])
-    if not (cos.shape == sin.shape == tables and k.shape[:2] == q.shape[:2] and 2 * tables[-1] <= q.shape[-1] == k.shape[-1]):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, cos, sin))
-        raise KernelError(f"fused rotary: q, k, cos, sin are {shapes}, not [B, T, H, D], [B, T, Hkv, D] and twice [B, T, 1, R/2]")
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    check_rotary(q, k, cos, sin)
     if q.dtype not in DTYPES or k.dtype not in DTYPES:
         raise KernelError(
             f"fused rotary: q and k are {q.dtype} and {k.dtype}, not fp16, bf16 or fp32; leave rotary out of the fused layers"
         )
-
-
-def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    _check(q, k, cos, sin)
     outputs = _fake(q, k, cos, sin, inverse)
     (batch, length, heads, dim), kv_heads, half = q.shape, k.shape[2], cos.shape[-1]
     if not batch * length * dim * max(heads, kv_heads):
         return outputs
     q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
+    cos, sin = (x.expand(batch, -1, -1, -1) for x in (cos, sin))
     features = padded(half)
     most = max(TUNING.tile // features, 1)
     block = min(padded(max(heads, kv_heads)), most)

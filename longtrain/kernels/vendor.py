@@ -115,6 +115,7 @@ class _VendorKernel:
         spec: AttentionSpec,
         *,
         into: Grads | None = None,
+        bias_grad: bool = True,
     ) -> Grads:
         self._check(q, k, v, spec)
         scale, dout = spec.scale_for(q.shape[-1]), _unit_stride(dout.to(q.dtype))

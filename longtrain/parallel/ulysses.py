@@ -20,7 +20,17 @@ from longtrain.attention.keep import Keep
 from longtrain.attention.layout import SequenceLayout
 from longtrain.attention.mask import AttentionMask
 from longtrain.attention.merge import accumulator_dtype, sinks_gradient
-from longtrain.attention.protocol import PLAIN, Attend, AttentionKernel, Block, Grads, Partial, SoftmaxAttend, check_inputs
+from longtrain.attention.protocol import (
+    PLAIN,
+    Attend,
+    AttentionKernel,
+    Block,
+    Grads,
+    Partial,
+    SoftmaxAttend,
+    check_inputs,
+    check_start,
+)
 from longtrain.attention.spec import AttentionSpec
 from longtrain.errors import KernelError
 from longtrain.kernels import ops
@@ -96,6 +106,7 @@ class UlyssesAttend(SoftmaxAttend):
                 "has; use a ring (ulysses 1)"
             )
         check_inputs(q, k, v, spec)
+        check_start(mask)
         call = _Call.of(self, q, k, mask, spec)
         return _UlyssesAttention.apply(q, k, v, spec.sinks, call, keep)  # type: ignore[return-value]
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longtrain.attention import AttentionMask, Band, Block, Chunk, Cover, band_kind
+from longtrain.attention import AttentionMask, AttentionSpec, Band, Block, Chunk, Cover, band_kind
 from longtrain.attention.mask import LAST_DOCUMENT
 from longtrain.batch import Batch
 from tests.attention_cases import bands, boundaries, documents, segments
@@ -103,6 +105,32 @@ def test_a_batch_of_whole_documents_needs_no_segments() -> None:
         mask = AttentionMask.of(batch_of(rows, 6), Band.causal())
         assert mask.q_segments is mask.k_segments is not None
         assert mask.boundaries == boundaries(rows)
+
+
+def test_packed_lengths_are_a_mask() -> None:
+    mask = AttentionMask.packed(Band.causal(), [[3, 1, 2], [4]])
+    wanted = ((3, 1, 2), (4,))
+    assert mask.q_segments is not None
+    assert mask.q_segments is mask.k_segments
+    assert torch.equal(mask.q_segments, segments(wanted, 6))
+    assert mask.boundaries == boundaries(wanted)
+    assert mask.to("meta").boundaries == mask.boundaries
+    for lengths in ([], [[3, 0]], [[-1]]):
+        with pytest.raises(ValueError, match="give the tokens of every document"):
+            AttentionMask.packed(Band.causal(), lengths)
+
+
+def test_what_is_no_band_and_no_tensor() -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"band": (0, None)}, "band is of type tuple, must be a Band"),
+        ({"band": Band(), "q_segments": [0], "k_segments": [0]}, "q_segments are of type list, must be an int32 tensor"),
+    ]
+    for fields, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            AttentionMask(**fields)
+    for name in ("bias", "alibi_slopes", "dropout_seed", "sinks"):
+        with pytest.raises(ValueError, match=f"{name} is of type list, must be a tensor"):
+            AttentionSpec(**{name: [0.5]})  # pyright: ignore
 
 
 def test_half_descriptions_are_refused() -> None:

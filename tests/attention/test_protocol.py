@@ -45,6 +45,10 @@ WRONG = {
         "q is torch.float32, k torch.float32, v torch.bfloat16: give them one",
     ),
     "a mask as a bias": ({"bias": torch.ones(6, 5, dtype=torch.bool)}, "bias is torch.bool, must be torch.float16, "),
+    "sinks": ({"sinks": torch.zeros(3)}, "sinks is [3], must be [4]"),
+    "k elsewhere": ({"k": torch.zeros(2, 5, 2, 8, device="meta")}, "k is on meta, q on cpu: give both on one device"),
+    "bias elsewhere": ({"bias": torch.zeros(6, 5, device="meta")}, "bias is on meta, q on cpu"),
+    "segments elsewhere": ({"k_segments": ids(2, 5).to("meta")}, "k_segments is on meta, q on cpu: mask.to(device) moves it"),
     "deep bias": ({"bias": torch.zeros(1, 2, 4, 6, 5)}, "bias is [1, 2, 4, 6, 5], must broadcast to [2, 4, 6, 5]"),
 }
 
@@ -78,8 +82,9 @@ def test_a_tensor_of_three_dimensions() -> None:
 def test_shapes_are_read_without_data() -> None:
     """Tensors of no device, which reading would fail on, as it would wait for a GPU."""
     q, k, v, mask, spec = problem({})
-    spec = replace(spec, bias=torch.empty(4, 1, 5, device="meta"), dropout_seed=torch.empty(2, dtype=torch.int64, device="meta"))
-    block = replace(Block.of(mask), q_segments=torch.empty(2, 6, dtype=torch.int32, device="meta"))
+    given = {"bias": torch.empty(4, 1, 5), "dropout_seed": torch.empty(2, dtype=torch.int64), "alibi_slopes": torch.empty(4)}
+    spec = replace(spec, **{name: x.to("meta") for name, x in given.items()})
+    block = Block.of(mask.to("meta"))
     q, k, v = (x.to("meta") for x in (q, k, v))
     check_inputs(q, k, v, spec, block)
     with pytest.raises(KernelError, match="v is"):

@@ -148,7 +148,52 @@ def test_operators_keep_the_rules_of_torch(name: str) -> None:
         out, lse = ops.attention_forward(q, k, v, *flat)
     flat = flat._replace(**{f: x.detach() for f in ("bias", "sinks") if (x := getattr(flat, f)) is not None})
     given = (t.dout, t.dlse, *(x.detach() for x in (q, k, v)), out, lse)
-    torch.library.opcheck(ops.attention_backward, (*given, *flat))
+    torch.library.opcheck(ops.attention_backward, (*given, True, *flat))
+    torch.library.opcheck(ops.attention_backward, (*given, False, *flat))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("shape", ["whole", "rows", "columns", "heads"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_of_a_constant_bias_no_gradient_is_computed(kernel: AttentionKernel, shape: str, compiled: bool) -> None:
+    t = Case(Band.causal(), 20, bias=shape).tensors(torch.float32)
+    asked: list[Any] = []
+    backward = kernel.backward
+
+    def recorded(*args: Any, **more: Any) -> Any:
+        asked.append(backward(*args, **more).dbias)
+        return backward(*args, **more)
+
+    attend: Any = LocalAttend(kernel)
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert t.spec.bias is not None
+    inputs = [x.requires_grad_() for x in t[:3]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "backward", recorded, raising=False)
+        learned = torch.autograd.grad((attend(*inputs, t.mask, t.spec) * t.dout).sum(), [*inputs, t.spec.bias])
+        constant = replace(t.spec, bias=t.spec.bias.detach())
+        fixed = torch.autograd.grad((attend(*inputs, t.mask, constant) * t.dout).sum(), inputs)
+    assert all(torch.equal(a, b) for a, b in zip(learned, fixed, strict=False))
+    given, none = asked
+    assert given is not None
+    assert torch.equal(given, learned[3])
+    assert none is None
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_queries_that_continue_have_their_positions(kernel: AttentionKernel, compiled: bool) -> None:
+    """The last rows of a whole sequence, with what goes by positions."""
+    t = Case(Band.causal(), 20, alibi=True, dropout=0.3).tensors(torch.float32)
+    attend: Any = LocalAttend(kernel)
+    whole = attend(*t[:3], t.mask, t.spec)
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    last = attend(t.q[:, 13:], t.k, t.v, AttentionMask(Band.causal_bottom_right(7, 20), q_start=13), t.spec)
+    torch.testing.assert_close(last, whole[:, 13:], rtol=1e-5, atol=1e-6)
+    unsaid = attend(t.q[:, 13:], t.k, t.v, AttentionMask(Band.causal_bottom_right(7, 20)), t.spec)
+    assert not torch.allclose(unsaid, last, atol=1e-3), "the test shows nothing"
 
 
 def test_a_block_with_an_origin_keeps_it() -> None:

@@ -95,14 +95,15 @@ def test_compiles_without_a_graph_break() -> None:
 
 def test_refusals() -> None:
     x = torch.randn(2, 3)
-    with pytest.raises(KernelError, match=r"no activation 'relu'.*silu, gelu, gelu_tanh"):
-        gated.gated(x, x, "relu")
-    with pytest.raises(KernelError, match="one shape"):
-        gated.gated(x, x[:1], "silu")
+    for layer in (gated.gated, plain.gated):
+        with pytest.raises(KernelError, match=r"^gated layer: no activation 'relu'; there are silu, gelu, gelu_tanh$"):
+            layer(x, x, "relu")
+        with pytest.raises(KernelError, match=r"^gated layer: gate and up are \(2, 3\) and \(1, 3\): they must be of one shape$"):
+            layer(x, x[:1], "silu")
     with pytest.raises(KernelError, match="float64"):
         gated.gated(x.double(), x.double(), "silu")
     for dtype in (torch.int32, torch.bool, torch.float8_e4m3fn):
-        with pytest.raises(KernelError, match=rf"{dtype}: they must be of one shape, and fp16, bf16 or fp32"):
+        with pytest.raises(KernelError, match=rf"{dtype}, not fp16, bf16 or fp32; leave mlp out"):
             gated.gated(x, x.to(dtype), "silu")
 
 
@@ -121,6 +122,8 @@ def test_layers_are_chosen_by_name() -> None:
     assert (fused.func, fused.keywords) == (linear_cross_entropy, {"fused": True})
     with pytest.raises(KernelError, match=r"called norms; there are norm, rotary, mlp, loss"):
         layers.choose_layers(["norms"])
+    with pytest.raises(KernelError, match=r"a list of names, such as \['norm'\], not the string 'norm'"):
+        layers.choose_layers("norm")
 
 
 def test_what_a_device_can_fuse(monkeypatch: pytest.MonkeyPatch) -> None:

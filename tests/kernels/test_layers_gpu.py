@@ -97,6 +97,15 @@ def test_rotary_beyond_32_bits() -> None:
     assert torch.equal(k_out[:, -3:], k_expected)
 
 
+def test_rotary_tables_shared_by_the_batch() -> None:
+    q = torch.randn(3, 300, 32, 128, device="cuda", dtype=torch.bfloat16)
+    one = tables(1, 300, 128, "cuda")
+    each = [x.expand(3, -1, -1, -1).contiguous() for x in one]
+    shared, apart = (outputs_and_gradients(rotary.rotary, [q, q[:, :, :8]], fixed, [q, q[:, :, :8]]) for fixed in (one, each))
+    for name, value in shared.items():
+        assert torch.equal(value, apart[name]), name
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_two_runs_are_the_same_bits(name: str) -> None:
     inputs = [torch.randn(5000, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(1 + name.startswith("add"))]

@@ -88,6 +88,19 @@ def test_autocast_rounds_nothing(fused: bool) -> None:
         assert torch.equal(plain, cast)
 
 
+def test_bf16_beside_a_master_weight_is_cast_by_the_caller() -> None:
+    """Under autocast too; the gradient of the cast is in fp32."""
+    hidden, weight, labels = inputs(5, 4, 7, torch.float32)
+    low = hidden.detach().bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(KernelError, match=r"one dtype.*not torch\.bfloat16, torch\.float32"):
+            linear_cross_entropy(low, weight, labels)
+        loss = linear_cross_entropy(low, weight.to(low.dtype), labels).loss
+    (dw,) = torch.autograd.grad(loss, weight)
+    assert dw.dtype == torch.float32
+    assert torch.equal(dw, dw.bfloat16().float())
+
+
 def test_sums_above_the_range_of_fp16_survive_until_they_are_scaled() -> None:
     hidden = torch.full((2000, 4), 100.0, dtype=torch.float16, requires_grad=True)
     weight = torch.zeros(8, 4, dtype=torch.float16, requires_grad=True)
@@ -308,6 +321,7 @@ def test_a_label_outside_the_vocabulary_is_refused(label: int, fused: bool) -> N
         ({"softcap": math.nan}, r"softcap in \(0, inf\)"),
         ({"label_smoothing": 1.0}, "label_smoothing in"),
         ({"label_smoothing": math.nan}, "label_smoothing in"),
+        *(({"chunk": chunk, "fused": fused}, f"chunk must be.*not {chunk}") for chunk in (-5, 0, 2.5) for fused in (False, True)),
         ({"hidden": torch.zeros(9, 4, dtype=torch.int32), "weight": torch.zeros(5, 4, dtype=torch.int32)}, "not in torch.int32"),
         ({"hidden": torch.zeros(9, 4).double(), "weight": torch.zeros(5, 4).double(), "fused": True}, "leave `loss` out"),
     ],

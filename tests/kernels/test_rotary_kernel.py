@@ -68,8 +68,10 @@ def test_tables_shared_by_the_batch_and_any_layout() -> None:
     q, k = torch.randn(3, 2, 7, 8).transpose(1, 2), torch.randn(3, 7, 8, 1).transpose(2, 3)
     fixed = tuple(x.expand(3, -1, -1, -1) for x in tables(1, 7, 8))
     cotangents = [torch.ones(1).expand(x.shape) for x in (q, k)]
-    fast, slow = (outputs_and_gradients(f, [q, k], fixed, cotangents) for f in (rotary.rotary, plain.rotary))
-    torch.testing.assert_close(fast, slow)
+    one = tables(1, 7, 8)
+    results = [outputs_and_gradients(f, [q, k], x, cotangents) for f in (rotary.rotary, plain.rotary) for x in (fixed, one)]
+    for found in results[1:]:
+        torch.testing.assert_close(found, results[0])
 
 
 def test_no_positions() -> None:
@@ -96,7 +98,18 @@ def test_refusals() -> None:
     cos, sin = tables(1, 5, 8)
     with pytest.raises(KernelError, match="no gradient of cos and sin"):
         rotary.rotary(q, q, cos.requires_grad_(), sin)
-    with pytest.raises(KernelError, match=r"\[B, T, H, D\]"):
-        rotary.rotary(q, q[:, :4], *tables(1, 5, 8))
+    cos, sin = tables(2, 5, 8)
+    for wrong in (
+        (q, q[:, :4], cos[:1], sin[:1]),
+        (q, q, cos, sin),
+        (q, q, cos[:1], sin),
+        (q, q, cos[:1, :1], sin[:1, :1]),
+        (q, q[..., :6], cos[:1], sin[:1]),
+        (q[0], q[0], cos[:1], sin[:1]),
+        (q[..., :6], q[..., :6], cos[:1], sin[:1]),
+    ):
+        for layer in (rotary.rotary, plain.rotary):
+            with pytest.raises(KernelError, match=r"^rotary: q, k, cos, sin are .* \[B, T, H, D\].*\[B or 1, T, 1, R/2\]"):
+                layer(*wrong)
     with pytest.raises(KernelError, match=r"q and k are torch\.float64 and torch\.float64, not fp16, bf16 or fp32"):
         rotary.rotary(q.double(), q.double(), *tables(1, 5, 8))

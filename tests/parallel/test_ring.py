@@ -235,6 +235,8 @@ def test_refusals() -> None:
 
     with pytest.raises(KernelError, match="ring attention takes no bias tensor"):
         attend(t.mask, AttentionSpec(bias=torch.zeros(8, 8)))
+    with pytest.raises(KernelError, match="a mask with q_start 3 is for one device"):
+        attend(replace(t.mask, q_start=3), AttentionSpec())
     ids = segments(((9,), (4,)), 9)
     with pytest.raises(ValueError, match="the mask describes 9 positions, the shards of all ranks hold 8"):
         attend(AttentionMask(Band.causal(), ids, ids), AttentionSpec())

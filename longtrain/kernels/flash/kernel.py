@@ -135,13 +135,15 @@ class FlashKernel:
         spec: AttentionSpec,
         *,
         into: Grads | None = None,
+        bias_grad: bool = True,
     ) -> Grads:
         if block.band.cover(q.shape[1], k.shape[1]) is Cover.EMPTY or q.numel() == 0:
-            return cast_like(zero_grads(q, k, v, spec.bias), q, k, v, spec.bias) if into is None else into
+            bias = spec.bias if bias_grad else None
+            return cast_like(zero_grads(q, k, v, bias), q, k, v, bias) if into is None else into
         call = Call(self, q, k, v, block, spec)
         rows = (_rows(dout.to(q.dtype)), *padded_rows(lse, delta))
         grads = into or Grads(*(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)))
-        shape = None if spec.bias is None else _four(spec.bias).shape
+        shape = _four(spec.bias).shape if spec.bias is not None and bias_grad else None
         over_keys, over_queries = (shape is not None and shape[3] == 1), (shape is not None and shape[2] == 1 < shape[3])
         q_sums = run_queries(call, rows, grads, into is not None, over_keys)
         k_sums = run_keys(call, rows, grads, into is not None, over_queries)
