@@ -26,6 +26,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from benchmarks import targets
+from benchmarks.plots import layers_plot
 from benchmarks.refusals import need_gpu
 from benchmarks.timing import ROUNDS, in_turns, milliseconds
 from longtrain.attention import AttentionMask, Band
@@ -315,7 +316,7 @@ def compare(blocks: bool) -> None:
     }
     path = RESULTS / f"layers-{device.lower().replace(' ', '-')}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"wrote {path}")
+    print(f"wrote {path} and {layers_plot(path)}")
 
 
 @contextmanager

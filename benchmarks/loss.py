@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from benchmarks import targets
+from benchmarks.plots import loss_plot
 from benchmarks.refusals import need_gpu
 from benchmarks.timing import ROUNDS, in_turns, milliseconds
 from longtrain.kernels import cross_entropy as kernels
@@ -189,7 +190,7 @@ def compare() -> None:
     command = " ".join(["python -m benchmarks.loss", *sys.argv[1:]])
     result = {"device": device, "versions": versions, "command": command, "rounds": ROUNDS, "dtype": "bfloat16", "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwrote {path}")
+    print(f"\nwrote {path} and {loss_plot(path)}")
 
 
 CANDIDATES = {
