@@ -171,6 +171,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, block: Bl
             raise KernelError(f"attention: {name} is {list(x.shape)}, must be [batch, tokens, heads, width]")
     check_dtypes(q, k, v, spec)
     (batch, queries, heads, dim), (_, keys, kv_heads, _) = q.shape, k.shape
+    if dim == 0:
+        raise KernelError(f"attention: q is {list(q.shape)}: a width of 0 gives no scores")
     if kv_heads == 0 or heads % kv_heads:
         raise KernelError(f"attention: q is {list(q.shape)}, k {list(k.shape)}: {heads} heads are no multiple of {kv_heads}")
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {

@@ -33,8 +33,8 @@ def attention(
     ):
         if not isinstance(x, wanted):
             raise KernelError(f"attention: {name} is of type {type(x).__name__}, must be of type {wanted.__name__}, {hint}")
-    if kernel not in _ATTENDS:
-        raise unknown(kernel, _NAMES, "kernel")
+    if not isinstance(kernel, str) or kernel not in _ATTENDS:
+        raise unknown(str(kernel), _NAMES, "kernel")
     return _ATTENDS[kernel](q, k, v, mask, spec)
 
 

@@ -45,6 +45,7 @@ WRONG = {
         "q is torch.float32, k torch.float32, v torch.bfloat16: give them one",
     ),
     "a mask as a bias": ({"bias": torch.ones(6, 5, dtype=torch.bool)}, "bias is torch.bool, must be torch.float16, "),
+    "no width": ({"q": torch.zeros(2, 6, 4, 0), "k": torch.zeros(2, 5, 2, 0)}, "q is [2, 6, 4, 0]: a width of 0 gives no scores"),
     "sinks": ({"sinks": torch.zeros(3)}, "sinks is [3], must be [4]"),
     "k elsewhere": ({"k": torch.zeros(2, 5, 2, 8, device="meta")}, "k is on meta, q on cpu: give both on one device"),
     "bias elsewhere": ({"bias": torch.zeros(6, 5, device="meta")}, "bias is on meta, q on cpu"),

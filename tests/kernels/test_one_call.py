@@ -56,6 +56,8 @@ def test_reasons_where_no_kernel_can() -> None:
     with pytest.raises(KernelError) as error:
         attention(q, k, v, CAUSAL, AttentionSpec(softcap=3.0), kernel="nope")
     assert str(error.value).startswith("kernel: there is no kernel 'nope'; there are: auto, triton, ")
+    with pytest.raises(KernelError, match=r"there is no kernel"):
+        attention(q, k, v, CAUSAL, kernel=["triton"])  # type: ignore[arg-type]
 
 
 @pytest.fixture
