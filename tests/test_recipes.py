@@ -108,6 +108,7 @@ PROBES: dict[str, Trained | Planned] = {
     "model.kv_heads": Trained(("null", "2"), losses),
     "model.head_dim": Trained(("null", "8"), losses),
     "model.intermediate_size": Trained(("24", "32"), losses),
+    "model.hidden_act": Trained(("gelu", "gelu_pytorch_tanh"), losses),
     "model.max_positions": Planned(("null", "4096"), planned(lambda plan: plan.model.max_positions)),
     "model.rope_theta": Trained(("1e4", "1e2"), losses),
     "model.norm_eps": Trained(("1e-5", "1e-2"), losses),

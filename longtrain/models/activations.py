@@ -69,13 +69,13 @@ def run_block(mode: Activations, block: Callable[..., Tensor], x: Tensor, *conte
 def held_bytes(config: ModelConfig, mode: Activations, tokens: int, itemsize: int, fused: Collection[str] = ()) -> int:
     """Bytes that one block holds from its forward to its backward, for `tokens` tokens and activations of `itemsize` bytes.
 
-    Sums what each mode names; for NONE, all that the layers save: plain norms also an fp32 copy of their inputs, a plain SwiGLU
-    also the activated gate, and dropout which features stay, a byte each. fused: which layers are (`kernels.layers.FUSABLE`).
+    Sums what each mode names; for NONE, all that the layers save: plain norms also an fp32 copy of their inputs, a plain gated
+    MLP also the activated gate, and dropout which features stay, a byte each. fused: which layers are (`kernels.layers.FUSABLE`).
     """
     hidden, family = config.hidden_size, family_of(config)
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     lse = 4 * config.heads
-    inner = {"swiglu": 3 if "mlp" in fused else 4, "relu": 1}[family.mlp] * config.intermediate_size
+    inner = {"gated": 3 if "mlp" in fused else 4, "relu": 1}[family.mlp] * config.intermediate_size
     of_norm = {"rmsnorm": 4, "layernorm": 8}[family.norm]
     if family.norm == "rmsnorm" and "norm" not in fused:
         of_norm += 4 * hidden

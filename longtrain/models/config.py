@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from longtrain.errors import PlanError
 from longtrain.models.rope import RopeScaling, check_scaling
 
+HIDDEN_ACTS = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""What a gate may be activated by, as Hugging Face calls it: its name in `kernels.plain.ACTIVATIONS`."""
+
 MOST = {
     "vocab_size": 2**24,
     "hidden_size": 2**20,
@@ -27,10 +30,11 @@ class ModelConfig:
     Ainslie et al. 2023), head_dim is even. max_positions: the longest sequence the model has positions for. rope_theta,
     rope_scaling: of rotary positions. window: how many keys a query sees, its own included; None is all earlier ones. init_std: of
     the normal distribution that weights start from. dropout: of what attention and the feed-forward layer add to the residual
-    stream, attention_dropout: of attention probabilities; in [0, 1), in training only.
+    stream, attention_dropout: of attention probabilities; in [0, 1), in training only. hidden_act: the activation of the gate, by
+    its name in HIDDEN_ACTS, where the family's feed-forward layer has one.
 
     Raises:
-        PlanError: a number that no decoder can have.
+        PlanError: a number that no decoder can have, or an activation that is not implemented.
     """
 
     family: str
@@ -50,6 +54,7 @@ class ModelConfig:
     init_std: float = 0.02
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    hidden_act: str = "silu"
 
     def __post_init__(self) -> None:
         counts = ("vocab_size", "hidden_size", "layers", "heads", "kv_heads", "head_dim", "intermediate_size", "max_positions")
@@ -68,4 +73,6 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise PlanError(f"model.{name} is {getattr(self, name)}; it must be at least 0 and less than 1")
+        if self.hidden_act not in HIDDEN_ACTS:
+            raise PlanError(f"model.hidden_act {self.hidden_act!r} is not implemented; choose one of: {', '.join(HIDDEN_ACTS)}")
         check_scaling(self.rope_scaling, self.rope_theta, self.head_dim)

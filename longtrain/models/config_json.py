@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from longtrain.errors import CheckpointError, PlanError
-from longtrain.models.config import ModelConfig
+from longtrain.models.config import HIDDEN_ACTS, ModelConfig
 from longtrain.models.rope import LENGTH, LISTS, SCALINGS, Dynamic, LongRope, RopeScaling, kind_of, make_scaling, to_hugging_face
 
 CONFIG = "config.json"
@@ -115,7 +115,7 @@ def _rotary_model(config: ModelConfig) -> dict[str, object]:
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": config.hidden_act,
         "max_position_embeddings": known,
         "initializer_range": config.init_std,
         "rms_norm_eps": config.norm_eps,
@@ -199,6 +199,12 @@ class _Fields:
         if value != wanted:
             raise self.refusal(name, f"{_short(value)} is not implemented, only {wanted!r}")
 
+    def one_of(self, name: str, known: Collection[str], default: str) -> str:
+        value = self.content.get(name, default)
+        if not isinstance(value, str) or value not in known:
+            raise self.refusal(name, f"{_short(value)} is not implemented; there are: {', '.join(known)}")
+        return value
+
     def layer_kind(self) -> str | None:
         """What layer_types says, which must be the same of every layer; None where it says nothing."""
         given = self.content.get("layer_types") or []
@@ -251,8 +257,6 @@ def _read_qwen2(fields: _Fields) -> ModelConfig:
 
 
 def _read_rotary(family: str, fields: _Fields, window: int | None) -> ModelConfig:
-    if fields.content.get("hidden_act") != "swish":  # another name of it
-        fields.must_be("hidden_act", "silu", "silu")
     heads, hidden, length = (fields.count(name) for name in ("num_attention_heads", "hidden_size", "max_position_embeddings"))
     if heads < 1:
         raise fields.refusal("num_attention_heads", f"must be at least 1, found {heads}")
@@ -273,6 +277,8 @@ def _read_rotary(family: str, fields: _Fields, window: int | None) -> ModelConfi
         tied_embeddings=fields.flag("tie_word_embeddings", False),
         window=window,
         init_std=fields.number("initializer_range", 0.02),
+        # swish: another name of silu
+        hidden_act="silu" if fields.content.get("hidden_act") == "swish" else fields.one_of("hidden_act", HIDDEN_ACTS, "silu"),
     )
 
 

@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.attention_norm = norm(config.hidden_size, config.norm_eps, layers)
         self.attention = SelfAttention(config, attend, family.biases, layers)
         self.mlp_norm = norm(config.hidden_size, config.norm_eps, layers)
-        self.mlp = mlp(config.hidden_size, config.intermediate_size, family.biases, layers)
+        self.mlp = mlp(config, family.biases, layers)
         self.dropout = config.dropout
 
     def forward(

@@ -33,7 +33,7 @@ class Family:
 
 LLAMA = Family(
     norm="rmsnorm",
-    mlp="swiglu",
+    mlp="gated",
     positions="rotary",
     biases=frozenset(),
     before={"embedding.weight": "model.embed_tokens.weight"},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from longtrain.attention import Keep
 from longtrain.kernels.layers import Layers
 from longtrain.models.activations import KeptProduct
-from longtrain.models.config import ModelConfig
+from longtrain.models.config import HIDDEN_ACTS, ModelConfig
 
 
 class Linear(nn.Module):
@@ -75,25 +75,27 @@ class LayerNorm(nn.Module):
         return self.layers.add_layer_norm(x, branch, self.weight, self.bias, self.eps)
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020). biases: which of the linear layers add one."""
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020): SwiGLU or GeGLU by config.hidden_act. biases: which linear layers add one."""
 
-    def __init__(self, hidden: int, inner: int, biases: Collection[str], layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, biases: Collection[str], layers: Layers) -> None:
         super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
         self.gate = Linear(hidden, inner, "gate" in biases)
         self.up = Linear(hidden, inner, "up" in biases)
         self.down = Linear(inner, hidden, "down" in biases)
-        self.gated = layers.gated
+        self.gated, self.activation = layers.gated, HIDDEN_ACTS[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.gated(self.gate(x), self.up(x), "silu"))
+        return self.down(self.gated(self.gate(x), self.up(x), self.activation))
 
 
 class ReLU(nn.Module):
     """down(relu(up(x))). biases: which of the linear layers add one."""
 
-    def __init__(self, hidden: int, inner: int, biases: Collection[str], layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, biases: Collection[str], layers: Layers) -> None:
         super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
         self.up = Linear(hidden, inner, "up" in biases)
         self.down = Linear(inner, hidden, "down" in biases)
 
@@ -119,4 +121,4 @@ class Head(nn.Module):
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-MLPS = {"swiglu": SwiGLU, "relu": ReLU}
+MLPS = {"gated": GatedMLP, "relu": ReLU}

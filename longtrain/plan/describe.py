@@ -36,6 +36,7 @@ def describe(plan: Plan, host_memory: int | None = None) -> list[tuple[str, str]
     length = training.sequence_length
     padding = plan.padded_length - length
     attention = "causal" if model.window is None else f"causal, window {model.window}"
+    gate = "" if model.hidden_act == "silu" else f", hidden_act {model.hidden_act}"
     mode = Activations(training.activations.value)
     held = held_bytes(model, mode, training.micro_batch_size * plan.local_length, plan.dtype.itemsize, plan.fused)
     causal, full = (training.batch_size * flops for flops in training_flops(model, [(0, length)], length))
@@ -47,7 +48,7 @@ def describe(plan: Plan, host_memory: int | None = None) -> list[tuple[str, str]
         (
             "model",
             f"{model.family}, {plan.parameters:,} parameters: {model.layers} layers, hidden {model.hidden_size}, "
-            f"{model.heads} heads / {model.kv_heads} key-value heads of {model.head_dim}, vocabulary {model.vocab_size}",
+            f"{model.heads} heads / {model.kv_heads} key-value heads of {model.head_dim}, vocabulary {model.vocab_size}{gate}",
         ),
         ("positions", _positions(plan)),
         ("weights", _weights(plan)),

@@ -15,7 +15,7 @@ from longtrain.models.config_json import CONFIG, read_config
 from longtrain.models.families import family_of
 from longtrain.models.pretrained import open_pretrained
 from longtrain.models.rope import kind_of, make_scaling
-from longtrain.recipe.model import FIXED, ModelSection, RopeKind, RopeScalingSection
+from longtrain.recipe.model import FIXED, HiddenAct, ModelSection, RopeKind, RopeScalingSection
 from longtrain.recipe.presets import PRESETS, how_to_get
 from longtrain.recipe.schema import Recipe
 from longtrain.recipe.section import CONFLICT, as_written
@@ -54,7 +54,8 @@ def resolve(recipe: Recipe) -> Recipe:
     scaling = given.get("rope_scaling")
     if scaling is not None and "kind" not in scaling.model_fields_set:
         given["rope_scaling"] = stored["rope_scaling"] | _numbers(scaling, stored["rope_scaling"]["kind"])
-    values = given | {name: stored[name] for name in FIXED} | {name: stored[name] for name in FREE if name not in given}
+    values = given | {name: stored[name] for name in FIXED if stored[name] is not None}
+    values |= {name: stored[name] for name in FREE if name not in given}
     try:
         completed = ModelSection(**values)
     except ValidationError as error:
@@ -80,7 +81,8 @@ def _compare(model: ModelSection, given: Mapping[str, Any], stored: Mapping[str,
     # the export of longer training has more positions than the preset
     filled = {name: getattr(model, name) for name in PRESETS.get(model.preset or "", {}) if name != "max_positions"}
     stated = filled | dict(given)
-    differing = [name for name in FIXED if stated.get(name) is not None and stated[name] != stored[name]]
+    # what the family lacks is a conflict of the completed shape
+    differing = [name for name in FIXED if None not in (stated.get(name), stored[name]) and stated[name] != stored[name]]
     if not differing:
         return
     of_preset = [name for name in differing if name not in given]
@@ -172,8 +174,10 @@ def _refuse_pickles(folder: Path, config: ModelConfig) -> None:
 
 
 def _section_values(config: ModelConfig) -> dict[str, Any]:
-    """Fields of ModelSection."""
+    """Fields of ModelSection; None: the family has no such thing."""
     values: dict[str, Any] = {name: getattr(config, name) for name in (*FIXED, *FREE)}
+    if family_of(config).mlp != "gated":
+        values["hidden_act"] = None
     scaling = config.rope_scaling
     kind = "none" if scaling is None else kind_of(scaling)
     numbers = {} if scaling is None else {name: value for name, value in vars(scaling).items() if name != "length"}
@@ -206,6 +210,7 @@ def model_config(recipe: Recipe) -> ModelConfig:
         init_std=model.init_std,
         dropout=model.dropout,
         attention_dropout=model.attention_dropout,
+        hidden_act=str(model.hidden_act or HiddenAct.SILU),
     )
 
 

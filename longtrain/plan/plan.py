@@ -142,7 +142,7 @@ def _fused(recipe: Recipe, model: ModelConfig, device: str) -> tuple[str, ...]:
     if wanted == "auto":
         family = family_of(model)
         absent = {"rotary"} if family.positions != "rotary" else set()
-        absent |= {"mlp"} if family.mlp != "swiglu" else set()
+        absent |= {"mlp"} if family.mlp != "gated" else set()
         return tuple(name for name in able if name not in absent) if device == "cuda" else ()
     if wanted == "none":
         return ()

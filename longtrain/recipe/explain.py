@@ -17,6 +17,7 @@ from longtrain.recipe.tree import UNREADABLE, Path, Problem, UnreadableError, pa
 
 # Names of other libraries that no spelling distance would find.
 FOREIGN_NAMES: dict[str, Path] = {
+    "activation_function": ("model", "hidden_act"),
     "attn_implementation": ("attention", "kernel"),
     "block_size": ("training", "sequence_length"),
     "clip_grad": ("optimizer", "grad_clip"),

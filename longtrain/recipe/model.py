@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, model_validator
+from pydantic import AfterValidator, Field, ModelWrapValidatorHandler, ValidationInfo, field_validator, model_validator
 
 from longtrain.recipe.presets import PRESETS
 from longtrain.recipe.section import Conflict, Int, PathText, Section
@@ -14,6 +14,12 @@ class Family(StrEnum):
     LLAMA = "llama"
     QWEN2 = "qwen2"
     OPT = "opt"
+
+
+class HiddenAct(StrEnum):
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_PYTORCH_TANH = "gelu_pytorch_tanh"
 
 
 class RopeKind(StrEnum):
@@ -148,6 +154,7 @@ FIXED = (
     "kv_heads",
     "head_dim",
     "intermediate_size",
+    "hidden_act",
     "max_positions",
     "norm_eps",
     "tied_embeddings",
@@ -173,8 +180,8 @@ class ModelSection(Section):
     family: Family | None = Field(
         default=None,
         strict=False,
-        description="Architecture: llama (RMSNorm, rotary positions, SwiGLU; also Mistral), qwen2 (llama with biases of queries, "
-        "keys and values), opt (LayerNorm, learned positions, ReLU, biases).",
+        description="Architecture: llama (RMSNorm, rotary positions, SwiGLU or GeGLU; also Mistral), qwen2 (llama with biases of "
+        "queries, keys and values), opt (LayerNorm, learned positions, ReLU, biases).",
     )
     vocab_size: Int | None = Field(
         default=None, ge=2, le=MOST["vocab_size"], description="Number of tokens in the vocabulary; at least the tokenizer's."
@@ -193,6 +200,13 @@ class ModelSection(Section):
     head_dim: Int | None = Field(default=None, ge=2, description="Features of one head, an even number; null: hidden_size / heads.")
     intermediate_size: Int | None = Field(
         default=None, ge=1, le=MOST["intermediate_size"], description="Width of the feed-forward layer, in features."
+    )
+    hidden_act: HiddenAct | None = Field(
+        default=None,
+        validate_default=True,
+        strict=False,
+        description="Activation of the gate of the feed-forward layer: silu (SwiGLU), gelu (GeGLU), gelu_pytorch_tanh (GeGLU, "
+        "approximated with tanh); null: silu. Family opt has no gate.",
     )
     max_positions: Int | None = Field(
         default=None,
@@ -230,6 +244,12 @@ class ModelSection(Section):
     rope_scaling: RopeScalingSection = Field(
         default=RopeScalingSection(), description="Stretching rotary positions over longer sequences."
     )
+
+    @field_validator("hidden_act")
+    @classmethod
+    def _usual_gate(cls, given: HiddenAct | None, others: ValidationInfo) -> HiddenAct | None:
+        """So that a recipe which names silu, and one from before there was a choice, are the same."""
+        return HiddenAct.SILU if given is None and others.data.get("family") not in (None, Family.OPT) else given
 
     @model_validator(mode="wrap")
     @classmethod
@@ -310,6 +330,8 @@ class ModelSection(Section):
             yield Conflict("kv_heads", "family opt has as many key/value heads as heads; delete it")
         if self.head_dim is not None and self.heads is not None and self.head_dim * self.heads != self.hidden_size:
             yield Conflict("head_dim", "a head of family opt has hidden_size / heads features; delete it")
+        if self.hidden_act is not None:
+            yield Conflict("hidden_act", "the feed-forward layer of family opt has ReLU and no gate; delete it, or set it to null")
         if self.window is not None:
             yield Conflict("window", "family opt sees all earlier tokens; delete it, or set it to null")
         if self.norm_eps != 1e-5:

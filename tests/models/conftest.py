@@ -41,12 +41,12 @@ def small() -> ModelConfig:
         {},
         {"kv_heads": 4, "tied_embeddings": True},
         {"kv_heads": 1, "head_dim": 16, "rope_theta": 500000.0, "norm_eps": 1e-6},
-        {"window": 5},
+        {"window": 5, "hidden_act": "gelu_pytorch_tanh"},
         {"heads": 3, "kv_heads": 1, "head_dim": 4},
-        {"family": "qwen2", "rope_scaling": Yarn(4.0, 16)},
+        {"family": "qwen2", "rope_scaling": Yarn(4.0, 16), "hidden_act": "gelu"},
         {"family": "opt", "kv_heads": 4, "tied_embeddings": True},
     ],
-    ids=["gqa", "tied", "wide-heads", "window", "odd-heads", "qwen2-yarn", "opt"],
+    ids=["gqa", "tied", "wide-heads", "window-geglu-tanh", "odd-heads", "qwen2-yarn-geglu", "opt"],
 )
 def config(request: pytest.FixtureRequest) -> ModelConfig:
     return replace(SMALL, **request.param)

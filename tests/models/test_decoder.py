@@ -40,6 +40,7 @@ def test_llama_7b_has_its_published_size() -> None:
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"window": 0}, "window 0"),
         ({"layers": 0}, "layers is 0"),
+        ({"hidden_act": "relu"}, "hidden_act 'relu' is not implemented; choose one of: silu, gelu, gelu_pytorch_tanh"),
     ],
 )
 def test_impossible_configurations_are_refused(small: ModelConfig, change: dict, message: str) -> None:

@@ -40,6 +40,12 @@ def test_what_differs_has_a_line(overrides: list[str], what: str, line: str) -> 
     assert words(make_plan(small(*overrides), 1, "cpu"))[what] == line
 
 
+def test_a_gate_of_another_kind_is_told() -> None:
+    usual, other = (words(make_plan(small(f"model.hidden_act={act}"), 1, "cpu"))["model"] for act in ("silu", "gelu"))
+    assert usual.endswith(", vocabulary 50")
+    assert other == f"{usual}, hidden_act gelu"
+
+
 def test_missing_data_is_told_with_what_prepares_it(tmp_path: Path) -> None:
     here = tmp_path / "here"
     here.mkdir()

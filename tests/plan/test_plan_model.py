@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longtrain.errors import CheckpointError, PlanError
+from longtrain.errors import CheckpointError, PlanError, RecipeError
 from longtrain.kernels.layers import FUSABLE
 from longtrain.models.config import ModelConfig
 from longtrain.models.families import FAMILIES, parameter_count
@@ -151,6 +151,26 @@ class TestInit:
         ):
             resolve(chosen)
         resolve(recipe(f"model.init={tmp_path}", "model.rope_theta=10000.0", "model.rope_scaling.kind=none", "model.window=null"))
+
+    def test_the_activation_of_the_gate_is_that_of_the_weights(self, tmp_path: Path) -> None:
+        geglu = replace(LLAMA, hidden_act="gelu_pytorch_tanh")
+        init = f"model.init={folder(tmp_path, geglu)}"
+        for said in ([], ["model.hidden_act=null"], ["model.hidden_act=gelu_pytorch_tanh"]):
+            assert model_config(resolve(recipe(init, *said))) == geglu
+        with pytest.raises(
+            PlanError, match=r"^model\.hidden_act: .*\n  model\.hidden_act: gelu in the recipe, gelu_pytorch_tanh in config\.json"
+        ):
+            resolve(recipe(init, "model.hidden_act=gelu"))
+
+    @pytest.mark.parametrize("act", ["silu", "gelu"])
+    def test_what_has_no_gate_has_no_activation_of_it(self, tmp_path: Path, act: str) -> None:
+        init = f"model.init={folder(tmp_path, OPT)}"
+        message = "the feed-forward layer of family opt has ReLU and no gate; delete it, or set it to null"
+        with pytest.raises(PlanError, match=rf"^model\.hidden_act: .*config\.json: {message}$"):
+            resolve(recipe(init, f"model.hidden_act={act}"))
+        with pytest.raises(RecipeError, match=f"--set model.hidden_act={act}: {message}"):
+            recipe("model.preset=opt-125m", f"model.hidden_act={act}")
+        assert resolve(recipe(init, "model.hidden_act=null")).model.hidden_act is None
 
     def test_a_shape_that_is_none_is_laid_to_the_weights(self, tmp_path: Path) -> None:
         folder(tmp_path, LLAMA)
@@ -348,7 +368,7 @@ class TestFused:
     def test_what_the_family_lacks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plan, "fusable", lambda device: FUSABLE)
         assert make_plan(recipe("model.preset=opt-125m"), 1, "cuda").fused == ("norm", "loss")
-        assert {name for name, family in FAMILIES.items() if (family.mlp, family.positions) != ("swiglu", "rotary")} == {"opt"}
+        assert {name for name, family in FAMILIES.items() if (family.mlp, family.positions) != ("gated", "rotary")} == {"opt"}
 
     def test_fused_layers_hold_less(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(plan, "fusable", lambda device: FUSABLE)

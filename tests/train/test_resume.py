@@ -316,6 +316,7 @@ def test_another_recipe_is_refused_by_its_differences(trained: Path) -> None:
     [
         "model.rope_theta=500.0",
         "model.window=9",
+        "model.hidden_act=gelu",
         "training.sequence_length=24",
         "training.precision=bf16",
         "optimizer.weight_decay=0.0",
