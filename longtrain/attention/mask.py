@@ -131,6 +131,8 @@ class AttentionMask:
     def __post_init__(self) -> None:
         if not isinstance(self.band, Band):
             raise ValueError(f"band is of type {type(self.band).__name__}, must be a Band, such as Band.causal()")
+        if not torch.compiler.is_compiling() and not isinstance(self.q_start, int):
+            raise ValueError(f"q_start {self.q_start!r} is no position, which is a whole number")
         for name, segments in (("q_segments", self.q_segments), ("k_segments", self.k_segments)):
             if segments is not None and not isinstance(segments, Tensor):
                 raise ValueError(f"{name} are of type {type(segments).__name__}, must be an int32 tensor [batch, tokens]")
@@ -166,7 +168,8 @@ class AttentionMask:
     def packed(band: Band, lengths: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> AttentionMask:
         """Self attention inside documents that lie one after another in each row, with these numbers of tokens; a row that is
         shorter than the longest one ends in padding. Raises ValueError where a length is no number of tokens."""
-        if not lengths or any(length < 1 for row in lengths for length in row):
+        rows = [row if isinstance(row, Sequence) else [0] for row in lengths]
+        if not rows or any(not isinstance(length, int) or length < 1 for row in rows for length in row):
             raise ValueError(f"lengths {lengths}: give the tokens of every document, 1 or more, a list for each row")
         boundaries = tuple(tuple(accumulate(row, initial=0)) for row in lengths)
         segments = torch.full((len(lengths), max(row[-1] for row in boundaries)), PADDING, dtype=torch.int32)

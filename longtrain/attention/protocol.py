@@ -201,8 +201,11 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, block: Bl
             raise KernelError(f"attention: bias is {list(spec.bias.shape)}, must broadcast to {list(whole)}")
 
 
-def check_start(mask: AttentionMask) -> None:
-    """Raises KernelError where the queries of a mask do not begin where its keys do: for what cuts a sequence over ranks."""
+def check_whole(mask: AttentionMask, device: torch.device) -> None:
+    """For what cuts a sequence over ranks: raises KernelError where the queries of a mask do not begin where its keys do, or its
+    segments are elsewhere."""
+    if mask.q_segments is not None and mask.q_segments.device != device:
+        raise KernelError(f"attention: segments are on {mask.q_segments.device}, q on {device}: mask.to(device) moves them")
     if mask.q_start:
         raise KernelError(f"attention: a mask with q_start {mask.q_start} is for one device: give it there, or use cp 1")
 

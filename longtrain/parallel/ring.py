@@ -20,7 +20,7 @@ from longtrain.attention.keep import Keep
 from longtrain.attention.layout import SequenceLayout
 from longtrain.attention.mask import AttentionMask
 from longtrain.attention.merge import add_sinks_, cast_like, empty_partial, sinks_gradient, zero_grads
-from longtrain.attention.protocol import PLAIN, AttentionKernel, Block, Grads, Partial, SoftmaxAttend, check_inputs, check_start
+from longtrain.attention.protocol import PLAIN, AttentionKernel, Block, Grads, Partial, SoftmaxAttend, check_inputs, check_whole
 from longtrain.attention.schedule import BlockPlan, ring_plan
 from longtrain.attention.spec import AttentionSpec
 from longtrain.batch import PADDING
@@ -61,7 +61,7 @@ class RingAttend(SoftmaxAttend):
                 "ring attention takes no bias tensor: its rows and columns live on different ranks; use ALiBi or cp 1"
             )
         check_inputs(q, k, v, spec)
-        check_start(mask)
+        check_whole(mask, q.device)
         ring = Ring.of(self, q.shape[1], k.shape[1], mask, spec.without_sinks)
         return _RingAttention.apply(q, k, v, spec.sinks, ring, keep)  # type: ignore[return-value]
 

@@ -29,7 +29,7 @@ from longtrain.attention.protocol import (
     Partial,
     SoftmaxAttend,
     check_inputs,
-    check_start,
+    check_whole,
 )
 from longtrain.attention.spec import AttentionSpec
 from longtrain.errors import KernelError
@@ -106,7 +106,7 @@ class UlyssesAttend(SoftmaxAttend):
                 "has; use a ring (ulysses 1)"
             )
         check_inputs(q, k, v, spec)
-        check_start(mask)
+        check_whole(mask, q.device)
         call = _Call.of(self, q, k, mask, spec)
         return _UlyssesAttention.apply(q, k, v, spec.sinks, call, keep)  # type: ignore[return-value]
 

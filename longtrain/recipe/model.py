@@ -206,7 +206,7 @@ class ModelSection(Section):
         validate_default=True,
         strict=False,
         description="Activation of the gate of the feed-forward layer: silu (SwiGLU), gelu (GeGLU), gelu_pytorch_tanh (GeGLU, "
-        "approximated with tanh); null: silu. Family opt has no gate.",
+        "approximated with tanh); null: that of init, else silu. Family opt has no gate.",
     )
     max_positions: Int | None = Field(
         default=None,
@@ -254,10 +254,10 @@ class ModelSection(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _fill_from_preset(cls, given: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        """What the preset fills is not in model_fields_set, so that weights may say otherwise."""
+        """What the preset fills, and a gate that is left open, is not in model_fields_set, so that weights may say otherwise."""
         preset = PRESETS.get(given["preset"]) if isinstance(given, dict) and isinstance(given.get("preset"), str) else None
         if preset is None:
-            return handler(given)
+            return handler(given)._gate_open(given)
         merged = {**preset, **given}
         inner = given.get("rope_scaling")
         # numbers without a kind change those of the preset's kind
@@ -267,7 +267,13 @@ class ModelSection(Section):
         section.model_fields_set.intersection_update(given)
         if isinstance(inner, dict):
             section.rope_scaling.model_fields_set.intersection_update(inner)
-        return section
+        return section._gate_open(given)
+
+    def _gate_open(self, given: Any) -> Self:
+        """This, without `hidden_act` among what was chosen where null was written."""
+        if isinstance(given, dict) and given.get("hidden_act") is None:
+            self.model_fields_set.discard("hidden_act")
+        return self
 
     @property
     def missing(self) -> tuple[str, ...]:

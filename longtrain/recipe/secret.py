@@ -15,7 +15,8 @@ ADVICE = (
 )
 
 # how the names end that are given to secrets; key_value_heads, tokens and tokenizer do not
-_KEY = r"(?:(?:api|access|private|secret|auth|account|client|encryption|master|signing|storage)[_-]?key)['\"]?"
+_KINDS = "api|access|private|secret|auth|account|client|encryption|master|signing|storage"
+_KEY = rf"(?:(?:{_KINDS})[_-]?key|(?:client|app)[_-]?secret)['\"]?"
 # these are said of other things too: what follows must look like no word
 _TOKEN = r"(?:token|secret|(?-i:[A-Z0-9]_KEY))['\"]?"
 _QUOTED = r" *['\"]?"
@@ -38,7 +39,7 @@ _LOOKS = tuple(
         r"\b((?:hf_|gh[oprsu]_|npm_)[A-Za-z0-9]{30,}|github_pat_\w{40,}|glpat-[\w-]{20,}|xox[abps]-[\w-]{20,}|A[KS]IA[0-9A-Z]{16})\b",
         r"\b(wandb_v\d+_\w{20,}|[rs]k_(?:live|test)_[A-Za-z0-9]{16,}|gsk_[A-Za-z0-9]{30,}|dckr_[op]at_[\w-]{20,})",
         r"\b(AIza[\w-]{20,}|ya29\.[\w.-]{20,}|GOCSPX-[\w-]{20,}|nvapi-[\w-]{20,}|pypi-Ag[\w-]{20,})",
-        r"\b(sk-(?:proj|svcacct|admin|ant)-[\w-]{20,}|sk-[A-Za-z0-9]{40,})",
+        r"\b(sk-(?:proj|svcacct|admin|ant)-[\w-]{20,}|sk-[A-Za-z0-9]{32,})",
         # of other makers: in names that begin so, such as sk-learn-data-of-2024, hyphens are closer together, and letters do not
         # change to digits, or small ones to capitals, again and again
         r"(?<![\w./-])(sk-(?:[\w-]*-)?(?:(?=[A-Za-z]*[0-9]+[A-Za-z]+[0-9])[A-Za-z0-9]{16,}"

@@ -52,28 +52,32 @@ def run_training(
     steps = plan.recipe.training.steps
     goal = steps if until is None else min(until, steps)
     folder, seconds = Path(plan.recipe.run_folder), plan.recipe.guards.watchdog_seconds
-    # what closing waits for is not watched, and keeps no error from being told
-    with ExitStack() as alone, ExitStack() as closing, Watchdog(ctx, folder, seconds) as watchdog:
+    with Watchdog(ctx, folder, seconds) as watchdog, ExitStack() as alone:
         start = confirm(ctx, start, watchdog.alive)
         run = assemble(plan, ctx, split, start, verified=True, alive=watchdog.alive)
-        closing.callback(run.close)
         run.asked_to_stop = asked_to_stop
-        if run.progress.step >= goal:
+        try:
+            if run.progress.step >= goal:
+                if ctx.is_main:
+                    Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
+                return run.progress
+            record = environment(ctx, run.progress.step)
+            together(ctx, lambda: _occupy(run, start, alone) if ctx.is_main else None)
+            watchdog.alive()
             if ctx.is_main:
-                Terminal(Console(file=sys.stdout), steps, run.progress.step).say(_nothing_to_do(run, goal))
-            return run.progress
-        record = environment(ctx, run.progress.step)
-        together(ctx, lambda: _occupy(run, start, alone) if ctx.is_main else None)
-        watchdog.alive()
-        if ctx.is_main:
-            _open_folder(run, start, goal, record, draw)
-        # also within a long evaluation
-        run.engine.model.register_forward_pre_hook(lambda *_: watchdog.alive())
-        progress = train(run, until=goal, evaluate=evaluate, beat=watchdog.beat)
-        watchdog.done()
-        if ctx.is_main:
-            run.trackers.keep([*(_last_plots(draw) if draw else ()), *worth_keeping(run.folder)])
-        return progress
+                _open_folder(run, start, goal, record, draw)
+            # also within a long evaluation
+            run.engine.model.register_forward_pre_hook(lambda *_: watchdog.alive())
+            progress = train(run, until=goal, evaluate=evaluate, beat=watchdog.beat)
+            watchdog.done()
+            if ctx.is_main:
+                run.trackers.keep([*(_last_plots(draw) if draw else ()), *worth_keeping(run.folder)])
+            return progress
+        except BaseException as error:
+            watchdog.closing(error)
+            raise
+        finally:
+            run.close()
 
 
 def _last_plots(draw: Draw) -> Sequence[Path]:

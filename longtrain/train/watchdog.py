@@ -39,9 +39,11 @@ LOOKS = 10
 HEARD = 8
 """How many times, at least, it looks in GRACE whether another rank gives up: it must write its own stacks in that time."""
 SLOW = 4
-"""How many times as long the start, which reads weights, the first step, which compiles, and a roll-back may take."""
+"""How many times as long the start, which reads weights, the first step, which compiles, a roll-back, and closing may take."""
+CLOSING = "closing"
+"""The phase after an error: of a checkpoint on its way, of trackers, of the engine."""
 START = 30.0
-"""Seconds that the start may take at least: it does not get shorter with the model."""
+"""Seconds that the start and closing may take at least: they do not get shorter with the model."""
 
 LONGEST = 1e7
 """Seconds, a third of a year: longer ones are none that a lock can wait for."""
@@ -70,7 +72,7 @@ class Watchdog:
         self._rank, self._world, self._folder = ctx.rank, ctx.world, folder
         self._longest = longest_patience(ctx)
         self._seconds = None if seconds is None else min(seconds, self._longest, LONGEST)
-        self._at = (0, "start")
+        self._at, self._why = (0, "start"), ""
         self._first: int | None = None
         self._own = self._all = 0
         self._others_end = False
@@ -88,6 +90,11 @@ class Watchdog:
         self._first = step if self._first is None else self._first
         self._at = (step, phase)
         self.alive()
+
+    def closing(self, error: BaseException) -> None:
+        """Tells that the run ends with an error, which is told too where it cannot end."""
+        self._why = f", after {type(error).__name__}: {error}"
+        self.beat(self._at[0], CLOSING)
 
     def alive(self) -> None:
         """Tells that the phase goes on."""
@@ -128,8 +135,8 @@ class Watchdog:
                 seen, heard = signs, now
             looked = now
             step, phase = self._at
-            slow = SLOW * seconds if step == self._first or phase in ("start", "roll-back") else seconds
-            patience = min(max(slow, START) if phase == "start" else slow, self._longest)
+            slow = SLOW * seconds if step == self._first or phase in ("start", "roll-back", CLOSING) else seconds
+            patience = min(max(slow, START) if phase in ("start", CLOSING) else slow, self._longest)
             if self._others_end or now - heard > patience:
                 self._end(now - heard)
 
@@ -137,7 +144,7 @@ class Watchdog:
         """Adds this rank's signs of life to those of all, and hears of theirs."""
         told, grown = 0, 0
         while not self._ended.wait(poll):
-            size = self._saved_bytes() if self._at[1] == "save" else grown
+            size = self._saved_bytes() if self._at[1] in ("save", CLOSING) else grown
             if size != grown:
                 grown = size
                 self.alive()
@@ -171,7 +178,7 @@ class Watchdog:
         step, phase = self._at
         path = self._folder / STACKS / f"step-{step:08d}-rank-{self._rank:05d}.txt"
         reason = "another rank found all stuck" if self._others_end else f"no sign of life from any rank for {silent:.1f} s"
-        headline = f"rank {self._rank}: stuck at step {step}, {phase}: {reason}"
+        headline = f"rank {self._rank}: stuck at step {step}, {phase}{self._why}: {reason}"
         ending = f"ending with exit code {STUCK}; --resume auto goes on from the newest checkpoint"
         try:
             said = beside(lambda: say_on_stderr(f"{headline}; stacks of its threads: {path}; {ending}"))

@@ -115,14 +115,16 @@ def test_packed_lengths_are_a_mask() -> None:
     assert torch.equal(mask.q_segments, segments(wanted, 6))
     assert mask.boundaries == boundaries(wanted)
     assert mask.to("meta").boundaries == mask.boundaries
-    for lengths in ([], [[3, 0]], [[-1]]):
+    wrong: Any
+    for wrong in ([], [[3, 0]], [[-1]], [300, 700], [[2.5]]):
         with pytest.raises(ValueError, match="give the tokens of every document"):
-            AttentionMask.packed(Band.causal(), lengths)
+            AttentionMask.packed(Band.causal(), wrong)
 
 
 def test_what_is_no_band_and_no_tensor() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"band": (0, None)}, "band is of type tuple, must be a Band"),
+        ({"band": Band(), "q_start": 1.5}, "q_start 1.5 is no position"),
         ({"band": Band(), "q_segments": [0], "k_segments": [0]}, "q_segments are of type list, must be an int32 tensor"),
     ]
     for fields, message in wrong:

@@ -47,10 +47,13 @@ WRONG = {
     "a mask as a bias": ({"bias": torch.ones(6, 5, dtype=torch.bool)}, "bias is torch.bool, must be torch.float16, "),
     "no width": ({"q": torch.zeros(2, 6, 4, 0), "k": torch.zeros(2, 5, 2, 0)}, "q is [2, 6, 4, 0]: a width of 0 gives no scores"),
     "sinks": ({"sinks": torch.zeros(3)}, "sinks is [3], must be [4]"),
-    "k elsewhere": ({"k": torch.zeros(2, 5, 2, 8, device="meta")}, "k is on meta, q on cpu: give both on one device"),
-    "bias elsewhere": ({"bias": torch.zeros(6, 5, device="meta")}, "bias is on meta, q on cpu"),
-    "segments elsewhere": ({"k_segments": ids(2, 5).to("meta")}, "k_segments is on meta, q on cpu: mask.to(device) moves it"),
     "deep bias": ({"bias": torch.zeros(1, 2, 4, 6, 5)}, "bias is [1, 2, 4, 6, 5], must broadcast to [2, 4, 6, 5]"),
+}
+ELSEWHERE = {
+    "k": ({"k": torch.zeros(2, 5, 2, 8, device="meta")}, "k is on meta, q on cpu: give both on one device"),
+    "bias": ({"bias": torch.zeros(6, 5, device="meta")}, "bias is on meta, q on cpu"),
+    "sinks": ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta, q on cpu"),
+    "segments": ({"k_segments": ids(2, 5).to("meta")}, "k_segments is on meta, q on cpu: mask.to(device) moves it"),
 }
 
 
@@ -66,7 +69,17 @@ def problem(changes: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Attenti
 @pytest.mark.parametrize("attend", ATTENDS)
 def test_shapes_that_do_not_belong_together(attend: str, name: str) -> None:
     """Refused before any kernel, eager and compiled, with the name of the tensor."""
-    changes, message = WRONG[name]
+    torch._dynamo.reset()  # too many compilations, and it runs eagerly
+    check_refused(attend, *WRONG[name])
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_devices_that_do_not_belong_together(name: str) -> None:
+    """The device meta stands for another one; of it, a compiled operator would run nothing."""
+    check_refused("eager", *ELSEWHERE[name])
+
+
+def check_refused(attend: str, changes: dict[str, Tensor], message: str) -> None:
     assert ATTENDS[attend](*problem({})).shape == (2, 6, 4, 3)
     with pytest.raises(KernelError) as error:
         ATTENDS[attend](*problem(changes))

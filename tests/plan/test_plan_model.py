@@ -155,7 +155,12 @@ class TestInit:
     def test_the_activation_of_the_gate_is_that_of_the_weights(self, tmp_path: Path) -> None:
         geglu = replace(LLAMA, hidden_act="gelu_pytorch_tanh")
         init = f"model.init={folder(tmp_path, geglu)}"
-        for said in ([], ["model.hidden_act=null"], ["model.hidden_act=gelu_pytorch_tanh"]):
+        for said in (
+            [],
+            ["model.hidden_act=null"],
+            ["model.family=llama", "model.hidden_act=null"],
+            ["model.hidden_act=gelu_pytorch_tanh"],
+        ):
             assert model_config(resolve(recipe(init, *said))) == geglu
         with pytest.raises(
             PlanError, match=r"^model\.hidden_act: .*\n  model\.hidden_act: gelu in the recipe, gelu_pytorch_tanh in config\.json"

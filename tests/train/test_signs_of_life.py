@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from longtrain.train.assemble import Run, assemble, open_data
 from longtrain.train.checkpoint_format import read_manifest
 from longtrain.train.resume import Start, choose, confirm, restore
 from longtrain.train.run import run_training
+from longtrain.train.watchdog import STACKS, STUCK
 from tests.chain import Chain
-from tests.distributed import RankError, run_ranks
+from tests.distributed import RankError, run_ranks, start_ranks
 from tests.tiny import tiny_recipe, write_corpus
 
 SECONDS = 1.0
@@ -88,8 +89,8 @@ def test_a_start_that_reads_much_is_not_stuck(tmp_path: Path, data: Path) -> Non
     assert run_ranks(_slow_start, 1, str(data), str(tmp_path / "run")) == [[1, 2]]
 
 
-def _slow_end(ctx: ParallelContext, data: str, output: str) -> None:
-    """Training fails, and what is to be closed takes longer than any step may."""
+def _end(ctx: ParallelContext, data: str, output: str, seconds: float) -> None:
+    """Training fails, and what is to be closed takes so long."""
     plan = make_plan(_recipe(data, output), 1, "cpu")
     split, _ = open_data(plan)
     close = Run.close
@@ -100,10 +101,14 @@ def _slow_end(ctx: ParallelContext, data: str, output: str) -> None:
         raise TrainingError("the true reason")
 
     def slow_close(run: Run) -> None:
-        time.sleep(2 * SECONDS)
+        time.sleep(seconds)
         close(run)
 
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()):
+    said = Path(f"{output}-said").open("w")  # noqa: SIM115 (the process may end here)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()), redirect_stderr(said):
+        patch.setattr(watchdog_module, "START", 0.0)
+        patch.setattr(watchdog_module, "GRACE", 1.0)
+        patch.setattr(watchdog_module, "LAST_WORDS", 0.5)
         patch.setattr(run, "train", fail)
         patch.setattr(Run, "close", slow_close)
         run_training(plan, ctx, split, choose(plan.recipe, split, "never"), until=None, evaluate=None)
@@ -111,4 +116,13 @@ def _slow_end(ctx: ParallelContext, data: str, output: str) -> None:
 
 def test_what_takes_long_to_close_keeps_no_error_from_being_told(tmp_path: Path, data: Path) -> None:
     with pytest.raises(RankError, match="the true reason"):
-        run_ranks(_slow_end, 1, str(data), str(tmp_path / "run"))
+        run_ranks(_end, 1, str(data), str(tmp_path / "run"), 2 * SECONDS)
+
+
+def test_what_never_closes_is_ended_with_the_error(tmp_path: Path, data: Path) -> None:
+    with start_ranks(_end, 1, str(data), str(tmp_path / "run"), 3600.0) as ranks:
+        ranks.processes[0].join(60)
+        assert ranks.processes[0].exitcode == STUCK
+    told = "rank 0: stuck at step 2, closing, after TrainingError: the true reason: no sign of life"
+    assert told in (tmp_path / "run-said").read_text()
+    assert "in slow_close" in (tmp_path / "run" / STACKS / "step-00000002-rank-00000.txt").read_text()
