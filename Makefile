@@ -16,7 +16,7 @@ quickstart: $(VENV)/installed
 	$(BIN)/longtrain report runs/quickstart
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not gpu and not faults" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not faults" -n 3 --dist loadfile
 
 # the long forms of what `make test` has in short
 test-faults: $(VENV)/installed-dev

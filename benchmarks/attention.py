@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -30,7 +29,7 @@ from benchmarks import targets
 from benchmarks.gate import Case, check_kernel
 from benchmarks.plots import attention_plot
 from benchmarks.refusals import need_gpu
-from benchmarks.timing import ROUNDS, in_turns
+from benchmarks.timing import ROUNDS, compile_anew, in_turns
 from benchmarks.tune_attention import tune
 from longtrain.attention import AttentionKernel, AttentionMask, Band
 from longtrain.kernels.flash import FlashKernel
@@ -48,8 +47,6 @@ HEAT = {"forward": 2000.0, "backward": 500.0}
 15% above what it keeps up at its limit of power. Backward follows forward at once."""
 Attention = Callable[["Problem", Tensor, Tensor, Tensor], Tensor]
 
-torch._dynamo.config.recompile_limit = 64  # every problem compiles FlexAttention anew
-functorch_config.donated_buffer = False  # FlexAttention's backward is run many times
 flex = torch.compile(flex_attention, dynamic=False)
 
 
@@ -290,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tune", action="store_true", help="measure candidates for the table of tiles")
     given = parser.parse_args(arguments)
     need_gpu()
+    compile_anew()
     chosen = [p for p in problems(given.quick) if given.only in p.name]
     tune() if given.tune else compare(chosen, not given.quick and not given.only)
 

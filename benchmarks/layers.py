@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from benchmarks import targets
 from benchmarks.plots import layers_plot
 from benchmarks.refusals import need_gpu
-from benchmarks.timing import ROUNDS, in_turns, milliseconds
+from benchmarks.timing import ROUNDS, compile_anew, in_turns, milliseconds
 from longtrain.attention import AttentionMask, Band
 from longtrain.kernels import gated, norms, plain, rotary
 from longtrain.kernels.flash import FlashKernel
@@ -44,9 +43,6 @@ RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda"
 TOKENS, HIDDEN, INNER, DIM = 2**14, 4096, 11008, 128
 Layer = Callable[..., Any]
-
-torch._dynamo.config.recompile_limit = 64
-functorch_config.donated_buffer = False  # compiled backwards are run many times
 
 
 @dataclass(frozen=True)
@@ -369,6 +365,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-block", action="store_true", help="leave out the LLaMA-7B block; writes no file")
     given = parser.parse_args(arguments)
     need_gpu()
+    compile_anew()
     tune(given.only) if given.tune else compare(not given.no_block)
 
 

@@ -9,6 +9,7 @@ from itertools import cycle
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch_config
 
 CYCLES = 2_000_000
 """Of a GPU's clock in a millisecond, at most."""
@@ -16,6 +17,12 @@ ASLEEP = 100.0
 """Milliseconds that the GPU sleeps while runs are queued; longer only where a single run takes longer to queue."""
 ROUNDS = 4
 """Of `in_turns`; an even number, so that everyone is as often early as late."""
+
+
+def compile_anew() -> None:
+    """Peers that are compiled are so for every problem, and their backwards are run many times."""
+    torch._dynamo.config.recompile_limit = 64
+    functorch_config.donated_buffer = False
 
 
 class Work:

@@ -98,6 +98,7 @@ def test_training_goes_on_and_says_so_once() -> None:
     assert Path("run/huggingface").is_dir()
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("fresh")
 def test_training_goes_on_where_nobody_reads_errors_either() -> None:
     done = unread(sys.executable, SCRIPT, "--recipe", "recipe.yaml", both=True)

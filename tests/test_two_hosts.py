@@ -83,6 +83,7 @@ def test_one_folder_between_two_hosts() -> None:
     assert len(list(Path("run/checkpoints/step-00000002").glob("rank-*.safetensors"))) == 2
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("fresh")
 def test_a_folder_on_each_of_two_hosts() -> None:
     Path("north").mkdir()
@@ -98,6 +99,7 @@ def test_a_folder_on_each_of_two_hosts() -> None:
     assert not Path("south/run").exists()
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("fresh")
 def test_two_names_in_what_explains_a_run(names: tuple[str, str]) -> None:
     results = two_hosts((Path(), Path()), names)
@@ -117,6 +119,7 @@ def test_hosts_that_do_not_share_a_folder_are_named(names: tuple[str, str]) -> N
         assert f"the run's folder {Path('north/run').absolute()} of {names[0]} is another one on {names[1]}: every rank" in said
 
 
+@pytest.mark.faults
 @pytest.mark.usefixtures("fresh")
 def test_checkpoints_on_a_disk_of_each_host() -> None:
     """The run's folder is shared, and links to what is not."""

@@ -181,6 +181,7 @@ except SystemExit:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the threads of a process in /proc")
+@pytest.mark.faults
 @pytest.mark.usefixtures("fresh")
 def test_no_thread_of_a_process_group_outlives_a_run() -> None:
     """One that lets go of a collective's tensors while the interpreter ends makes the process abort. ZeRO-3 keeps most."""

@@ -92,7 +92,7 @@ def _train_all(ctx: ParallelContext, runs: Sequence[tuple[Any, ...]]) -> list[tu
     return [_train(ctx, *run) for run in runs]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.faults), 2])
 def test_bad_steps(tmp_path: Path, world: int) -> None:
     write_corpus(tmp_path / "data", 7)
     common = [f"data.path={tmp_path / 'data'}", "training.steps=5", "checkpoint.every=1", "checkpoint.keep=9"]
@@ -271,7 +271,7 @@ def _train_spiky(ctx: ParallelContext, runs: Sequence[tuple[Sequence[str], Seque
     return said
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.faults), 2])
 def test_loss_spikes(tmp_path: Path, world: int) -> None:
     write_corpus(tmp_path / "data", 11)
     runs: list[tuple[Sequence[str], Sequence[int], int | None]] = []

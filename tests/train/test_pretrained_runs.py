@@ -82,7 +82,7 @@ def test_masters_are_the_stored_weights(folder: Path, name: str, stage: int) -> 
 
 
 @pytest.mark.skipif(not interprets(), reason="kernels run on CPUs in Triton's interpreter only")
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("opt", marks=pytest.mark.faults)])
 def test_fused_layers_train_alike_where_parameters_are_gathered(folder: Path, name: str) -> None:
     fused = "[norm, rotary, mlp, loss]" if name == "llama" else "[norm, loss]"
     short = ["zero.stage=3", "training.batch_size=2", "training.sequence_length=12"]
