@@ -83,7 +83,7 @@ class _LocalAttention(torch.autograd.Function):
         given, bias_grad = (dout, dlse, q, k, v, out, lse), ctx.needs_input_grad[3]
         if ops.counts_flops():
             flat = ops.Flat.of(block, spec, ctx.attend.handle)
-            grads = ops.Gradients.of(ops.attention_backward(*given, bias_grad, *flat), spec, bias_grad)
+            grads = ops.Gradients.of(ops.attention_backward(*given, *flat, bias_grad), spec, bias_grad)
         else:
             grads = ops.run_backward(ctx.attend.kernel, *given, block, spec, bias_grad)
         return *grads, None, None, None, None

@@ -193,23 +193,29 @@ def _(q: Tensor, k: Tensor, v: Tensor, *flat: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "longtrain::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool bias_grad, {_FLAT}) -> Tensor[]",
+    schema="(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_FLAT}, bool bias_grad=True) -> Tensor[]",
 )
 def attention_backward(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias_grad: bool, *flat: Any
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any
 ) -> list[Tensor]:
     """[dq, dk, dv], then dbias where there is a bias, and bias_grad, and dsinks where there are sinks; contiguous."""
-    given = Flat(*flat)
+    given, bias_grad = _fields(flat)
     grads = run_backward(kernel_of(given.kernel), dout, dlse, q, k, v, out, lse, given.block, given.spec, bias_grad)
     return [grad.contiguous() for grad in grads if grad is not None]
 
 
 @attention_backward.register_fake
-def _(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bias_grad: bool, *flat: Any
-) -> list[Tensor]:
-    given = Flat(*flat)
+def _(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *flat: Any) -> list[Tensor]:
+    given, bias_grad = _fields(flat)
     return [x.new_empty(x.shape) for x in (q, k, v, given.bias if bias_grad else None, given.sinks) if x is not None]
+
+
+def _fields(flat: tuple[Any, ...]) -> tuple[Flat, bool]:
+    """And bias_grad, which is the last argument and has a default: graphs that compilers keep on disk from before there was one
+    still call without it. torch leaves out what is the default."""
+    number = len(Flat._fields)
+    return Flat(*flat[:number]), flat[number] if len(flat) > number else True
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -222,7 +228,7 @@ def _gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     given = Flat(*tensors, *ctx.plain)
     bias_grad = ctx.needs_input_grad[3 + Flat._fields.index("bias")]
-    grads = Gradients.of(attention_backward(dout, dlse, q, k, v, out, lse, bias_grad, *given), given, bias_grad)
+    grads = Gradients.of(attention_backward(dout, dlse, q, k, v, out, lse, *given, bias_grad), given, bias_grad)
     of_flat: dict[str, Tensor | None] = dict.fromkeys(Flat._fields) | {"bias": grads.dbias, "sinks": grads.dsinks}
     return *grads[:3], *of_flat.values()
 
@@ -237,6 +243,6 @@ def _(q: Any, k: Any, v: Any, *flat: Any, **_results: Any) -> int:
 
 
 @register_flop_formula(torch.ops.longtrain.attention_backward)
-def _(dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, bias_grad: bool, *flat: Any, **_results: Any) -> int:
-    given = Flat(*flat)
+def _(dout: Any, dlse: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, *flat: Any, **_results: Any) -> int:
+    given, _ = _fields(flat)
     return backward_flops(q, k, v, Band(given.lo, given.hi))
