@@ -24,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from longtrain.parallel.context import ParallelContext
+from longtrain.recipe.secret import hidden
 from longtrain.train.signals import LAST_WORDS, beside
 from longtrain.train.tracking import say_on_stderr
 
@@ -93,7 +94,7 @@ class Watchdog:
 
     def closing(self, error: BaseException) -> None:
         """Tells that the run ends with an error, which is told too where it cannot end."""
-        self._why = f", after {type(error).__name__}: {error}"
+        self._why = f", after {type(error).__name__}: {hidden(str(error))}"
         self.beat(self._at[0], CLOSING)
 
     def alive(self) -> None:
