@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # graphs of another version of this code are no test of it
-
 import pytest
 import torch
 from hypothesis import settings
