@@ -18,8 +18,8 @@ from longtrain.data import sources
 from longtrain.data.json_tokenizer import JsonTokenizer, find_tokenizer
 from longtrain.data.opening import SAMPLE, _sample_ids
 from longtrain.data.prepare import prepare
-from longtrain.data.shards import SplitWriter
 from longtrain.errors import DataError
+from tests.interrupted import interrupt_preparation
 
 NAMES = ["<unk>", "<s>", "</s>"]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -118,18 +118,7 @@ def test_unknown_tokens_are_counted(tmp_path: Path, name: str, monkeypatch: pyte
     assert straight.unknown == 41
     assert f"warning: 41 of {total:,} tokens are unknown, so the text" in straight.report()
 
-    add, left = SplitWriter.add, [30]
-
-    def interrupt(self: SplitWriter, tokens: list[int]) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        add(self, tokens)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SplitWriter, "add", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", **options)
+    interrupt_preparation(str(tmp_path / "a.jsonl"), tmp_path / "out", 30, **options)
     assert prepare(str(tmp_path / "a.jsonl"), tmp_path / "out", **options).unknown == 41
 
 

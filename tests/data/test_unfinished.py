@@ -21,6 +21,7 @@ from longtrain.data.prepare import prepare
 from longtrain.data.shards import SplitWriter
 from longtrain.data.workspace import JOURNAL
 from longtrain.errors import DataError
+from tests.interrupted import interrupt_preparation
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"Record {n}, for the {n % 7}th time: the quick brown fox.\n" * (1 + n % 9) for n in range(300)]
@@ -130,18 +131,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, desk: Path, out: Path) -> None:
     """Leaves unfinished work behind."""
     monkeypatch.setattr(module, "JOURNAL_SECONDS", -1)
     monkeypatch.setattr(sources, "PIECE_BYTES", 1500)
-    add, left = SplitWriter.add, [100]
-
-    def fail(self: SplitWriter, tokens: list[int]) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        add(self, tokens)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SplitWriter, "add", fail)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(str(desk / "a.jsonl"), out, tokenizer=desk / "tiny.model", **OPTIONS)
+    interrupt_preparation(str(desk / "a.jsonl"), out, 100, tokenizer=desk / "tiny.model", **OPTIONS)
 
 
 def test_other_arguments_do_not_touch_unfinished_work(desk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
